@@ -1,0 +1,1 @@
+"""The process that answers: configuration, zone runners, recovery, timers and wiring."""

@@ -1,0 +1,205 @@
+"""The agent: wires runtimes, holds, the sealer and the store together, and recovers what the last one left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from zonebundle.agent.bundles import Bundles
+from zonebundle.agent.catalogue import BundleEntry, BundleState, Catalogue
+from zonebundle.agent.config import Config
+from zonebundle.agent.recovery import Recovery
+from zonebundle.agent.state import StateDir
+from zonebundle.agent.wiring import hold_settings, make_runtimes
+from zonebundle.agent.zone_runner import ZoneRunner
+from zonebundle.capture.capture import Captured, Capturer
+from zonebundle.capture.spool import Spool
+from zonebundle.capture.workers import HoldWorkers
+from zonebundle.errors import NoSuchZoneError, UnavailableError, ZoneBundleError
+from zonebundle.host.files import make_private_directory
+from zonebundle.model.record import Intent
+from zonebundle.model.report import Gap
+from zonebundle.model.zone import LogTree, Zone
+from zonebundle.runtimes.base import Runtime
+from zonebundle.seal.link import SealerLink
+from zonebundle.store.reader import StoreReader
+
+_log = structlog.get_logger()
+
+
+class Agent:
+    """One agent on one state directory. `start` recovers and gets ready, `close` lets the zones run on."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        # For everything that is not the stop path: state files, recovery, reads of bundles.
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="agent")
+        self._state = StateDir(config.agent.state_dir, self._threads)
+        self._spool = Spool(config.agent.state_dir)
+        self._workers = HoldWorkers()
+        self._runtimes: list[Runtime] = []
+        self._runners: dict[str, ZoneRunner] = {}
+        self._catalogue = Catalogue()
+        self.installation = ""
+
+    async def start(self) -> None:
+        """Lock the state, open the store, start the children, recover. Raises ZoneBundleError with one clear line."""
+        self._state.open()
+        try:
+            self.installation = self._state.installation
+            self._settings = hold_settings(self._config, self.installation)
+            self._spool.open()
+            store = _open_store(self._config.store.dirs[0])
+            self._runtimes = make_runtimes(self._config)
+            self._capturer = Capturer(self._workers, self._spool, self._state)
+            self._link = SealerLink(
+                state_dir=self._config.agent.state_dir,
+                store_dir=self._config.store.dirs[0],
+                installation=self.installation,
+                workers=self._config.seal.workers,
+                on_event=self._on_sealer_event,
+            )
+            self.bundles = Bundles(self._catalogue, store, self._spool, self._link, self._threads)
+            await self._workers.start()
+            await self.bundles.load()
+            recovery = Recovery(self._spool, self._state, self.installation, self._threads)
+            interrupted = await recovery.run(self._catalogue)
+            await self._link.start()
+            for bundle_id in recovery.recorded:
+                self._link.seal(bundle_id)
+            self._resuming = [asyncio.create_task(self._resume(intent)) for intent in interrupted]
+        except OSError as error:
+            await self.close()
+            raise ZoneBundleError(f"the agent cannot start: {error}") from error
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Let stops and bundles on their way come to their safe point, then end the children. Zones run on."""
+        await asyncio.gather(*(runner.settle() for runner in self._runners.values()))
+        for task in getattr(self, "_resuming", []):
+            task.cancel()
+        if hasattr(self, "_link"):
+            await self._link.close()
+        await self._workers.close()
+        for runtime in self._runtimes:
+            await runtime.close()
+        self._spool.close()
+        self._threads.shutdown(wait=True)
+        self._state.close()
+
+    @property
+    def pids(self) -> dict[str, list[int]]:
+        """The processes of this agent, for the benchmarks and for /healthz."""
+        return {
+            "agent": [os.getpid()],
+            "hold": self._workers.pids,
+            "sealer": [self._link.pid] if self._link.pid else [],
+        }
+
+    async def zones(self) -> list[tuple[Zone, bool]]:
+        """Every zone of every runtime, sorted by name, and whether it is being stopped."""
+        found: dict[str, Zone] = {}
+        for zones in await asyncio.gather(*(runtime.list() for runtime in self._runtimes)):
+            for zone in zones:
+                # Two runtimes with one name: the later is `<runtime>:<name>`.
+                name = zone.name if zone.name not in found else f"{zone.runtime}:{zone.name}"
+                found[name] = replace(zone, name=name)
+        return [(zone, self._is_stopping(name)) for name, zone in sorted(found.items())]
+
+    def _is_stopping(self, name: str) -> bool:
+        runner = self._runners.get(name)
+        return runner is not None and runner.is_stopping
+
+    async def runner(self, name: str) -> ZoneRunner:
+        """The runner of a zone; raises NoSuchZoneError. Answers at once for a zone that is known already."""
+        known = self._runners.get(name)
+        if known is not None:
+            return known
+        prefix, _, rest = name.partition(":")
+        for runtime in self._runtimes:
+            local = rest if prefix == runtime.name and rest else name
+            if await runtime.find(local) is not None:
+                return self._runners.setdefault(name, ZoneRunner(local, runtime, self))
+        raise NoSuchZoneError(name)
+
+    def with_archives(self, zone: Zone) -> Zone:
+        """The zone with the archive directories that hold its moved logs."""
+        archives = tuple(
+            LogTree(source=f"archive-{number}", path=os.path.join(directory, zone.name))
+            for number, directory in enumerate(self._config.evidence.archives, start=1)
+        )
+        return replace(zone, logs=zone.logs + archives)
+
+    async def hold(
+        self,
+        intent: Intent,
+        *,
+        probe: bool,
+        living: bool,
+        halt: Callable[[], Coroutine[Any, Any, None]] | None = None,
+        gaps: tuple[Gap, ...] = (),
+    ) -> Captured:
+        """Capture, and list the bundle from its first moment on."""
+        bundle_id = intent.metadata.bundle_id
+        self._catalogue.put(BundleEntry(intent.metadata, BundleState.CAPTURING))
+        try:
+            captured = await self._capturer.capture(
+                intent, self._settings, probe=probe, living=living, halt=halt, gaps=gaps
+            )
+        except BaseException:
+            self._catalogue.drop(bundle_id)
+            raise
+        if captured.recorded:
+            self._catalogue.update(
+                bundle_id,
+                state=BundleState.SEALING,
+                gaps=captured.gaps,
+                hold_seconds=captured.hold_seconds,
+                graceful_seconds=captured.graceful_seconds,
+            )
+        else:
+            self._catalogue.drop(bundle_id)
+        return captured
+
+    def seal(self, bundle_id: str, captured: Captured) -> None:
+        """Hand a released zone's evidence to the sealer, without waiting for it."""
+        if captured.recorded:
+            self._link.seal(bundle_id)
+
+    async def _resume(self, intent: Intent) -> None:
+        name = intent.metadata.zone
+        try:
+            await (await self.runner(name)).resume(intent)
+        except NoSuchZoneError:
+            # The zone is not configured any more, or its container is gone: its files are read from where they were.
+            captured = await self.hold(intent, probe=False, living=False, gaps=(Gap("probes", "the zone is gone"),))
+            self.seal(intent.metadata.bundle_id, captured)
+        except ZoneBundleError as error:
+            _log.error("could not finish an interrupted hold", zone=name, reason=str(error))
+
+    def _on_sealer_event(self, event: dict[str, Any]) -> None:
+        self.bundles.on_sealer_event(event)
+
+
+def _open_store(directory: Path) -> StoreReader:
+    """The store, read by the agent. That the sealer cannot write it is better learned now than at the first seal."""
+    try:
+        make_private_directory(directory)
+        usable = os.access(directory, os.R_OK | os.W_OK | os.X_OK)
+        reason = "permission denied"
+    except OSError as error:
+        usable, reason = False, error.strerror or str(error)
+    if not usable:
+        raise UnavailableError(
+            f"the store {directory} cannot be written: {reason}; make it writable for this user, or set [store] dirs"
+        )
+    return StoreReader.open(directory)

@@ -1,0 +1,206 @@
+"""The bundles as the API sees them: listed from the release on, read from the store, deleted through the sealer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from zonebundle.agent.catalogue import BundleEntry, BundleState, Catalogue
+from zonebundle.capture.spool import Spool
+from zonebundle.errors import ConflictError, NoSuchBundleError, StoreError
+from zonebundle.model.manifest import Header
+from zonebundle.model.record import RECORD_FILE
+from zonebundle.seal.link import SealerLink
+from zonebundle.store.bundle import StoredBundle
+from zonebundle.store.reader import StoreReader
+
+T = TypeVar("T")
+_log = structlog.get_logger()
+
+# Steps and gaps, as JSON.
+_Report = tuple[list[Any], list[Any]]
+
+
+class Bundles:
+    """Everything that is asked about bundles. Reads happen in threads that the stop path does not use."""
+
+    def __init__(
+        self, catalogue: Catalogue, store: StoreReader, spool: Spool, link: SealerLink, threads: Executor
+    ) -> None:
+        self._catalogue = catalogue
+        self._store = store
+        self._spool = spool
+        self._link = link
+        self._threads = threads
+        self._readers: dict[str, int] = {}
+        self._unread = asyncio.Condition()
+        self._changed = asyncio.Event()
+
+    async def load(self) -> None:
+        """List what the store holds."""
+
+        def read() -> list[tuple[Header, int]]:
+            return [(bundle.header, bundle.size) for bundle in self._store.stored()]
+
+        for header, size in await self._in_thread(read):
+            self._catalogue.put(_sealed_entry(header, size))
+
+    def list(self, *, zone: str | None = None, containing: str = "") -> list[BundleEntry]:
+        """Bundles of one zone, or of zones whose names contain a text."""
+        return list(self._catalogue.list(zone=zone, containing=containing))
+
+    async def status(self, zone: str, bundle_id: str) -> dict[str, Any]:
+        """How far a bundle is, its steps and gaps; raises NoSuchBundleError."""
+        entry = self._catalogue.find(zone, bundle_id)
+        steps, gaps = await self._report(entry)
+        return {
+            "metadata": entry.metadata.to_json(),
+            "state": str(entry.state),
+            "bytes_total": entry.total,
+            "bytes_sealed": entry.sealed,
+            "size": entry.size,
+            "steps": steps,
+            "gaps": gaps,
+            "hold_seconds": entry.hold_seconds,
+            "graceful_seconds": entry.graceful_seconds,
+            "seal_seconds": entry.seal_seconds,
+            **({"reason": entry.reason} if entry.reason else {}),
+        }
+
+    async def _report(self, entry: BundleEntry) -> _Report:
+        zone, bundle_id = entry.metadata.zone, entry.metadata.bundle_id
+        if entry.state is BundleState.SEALED:
+            report = json.loads(
+                await self._in_thread(lambda: self._store.find(zone, bundle_id).read_own(b"report.json"))
+            )
+            return report["steps"], report["gaps"]
+        try:
+            return await self._in_thread(lambda: _read_record(self._spool.entry(bundle_id) / RECORD_FILE))
+        except FileNotFoundError:
+            # Not recorded yet, or sealed between the look and the read.
+            return [], []
+
+    async def sealed(self, zone: str, bundle_id: str) -> StoredBundle:
+        """The finished bundle, waited for if it is on its way. Raises NoSuchBundleError, ConflictError if it failed."""
+        while True:
+            entry = self._catalogue.find(zone, bundle_id)
+            if entry.state is BundleState.SEALED:
+                return await self._in_thread(lambda: self._store.find(zone, bundle_id))
+            if entry.state is BundleState.FAILED:
+                raise ConflictError(f"bundle {bundle_id} is not sealed yet: {entry.reason}; it is tried again")
+            changed = self._changed
+            await changed.wait()
+
+    @contextlib.asynccontextmanager
+    async def reading(self, bundle_id: str) -> Any:
+        """While a download reads a bundle, its bytes are not freed."""
+        self._readers[bundle_id] = self._readers.get(bundle_id, 0) + 1
+        try:
+            yield
+        finally:
+            async with self._unread:
+                self._readers[bundle_id] -= 1
+                if not self._readers[bundle_id]:
+                    del self._readers[bundle_id]
+                self._unread.notify_all()
+
+    async def delete(self, zone: str, bundle_id: str) -> None:
+        """Delete a bundle: unlisted at once, its bytes freed after the last reader. Sealing is cancelled.
+
+        Raises NoSuchBundleError, ConflictError while the zone is still held for it, StoreError.
+        """
+        entry = self._catalogue.find(zone, bundle_id)
+        if entry.state is BundleState.CAPTURING:
+            raise ConflictError(f"bundle {bundle_id} is being captured; delete it when the stop has answered")
+        self._catalogue.hide(bundle_id)
+        if bundle_id in self._readers:
+            task = asyncio.get_running_loop().create_task(self._delete_unread(zone, bundle_id))
+            task.add_done_callback(lambda done: done.exception())
+            return
+        await self._delete(zone, bundle_id)
+
+    async def _delete_unread(self, zone: str, bundle_id: str) -> None:
+        async with self._unread:
+            await self._unread.wait_for(lambda: bundle_id not in self._readers)
+        await self._delete(zone, bundle_id)
+
+    async def _delete(self, zone: str, bundle_id: str) -> None:
+        try:
+            await self._link.delete(zone, bundle_id)
+        except NoSuchBundleError:
+            self._catalogue.drop(bundle_id)
+        except StoreError as error:
+            _log.error("bundle not deleted", zone=zone, bundle=bundle_id, reason=str(error))
+            self._catalogue.show(bundle_id)
+            raise
+        else:
+            self._catalogue.drop(bundle_id)
+
+    def on_sealer_event(self, event: dict[str, Any]) -> None:
+        """Take what the sealer tells: progress, sealed, failed."""
+        match event:
+            case {"progress": told}:
+                self._catalogue.update(told["id"], total=told["bytes_total"], sealed=told["bytes_sealed"])
+            case {"sealed": told}:
+                header = Header.from_json(told["header"])
+                self._catalogue.update(
+                    told["id"],
+                    state=BundleState.SEALED,
+                    gaps=header.gaps,
+                    size=told["size"],
+                    total=header.raw,
+                    sealed=header.raw,
+                    seal_seconds=told["seal_seconds"],
+                    reason="",
+                )
+            case {"gone": told}:
+                self._catalogue.drop(told["id"])
+            case {"failed": told}:
+                _log.warning("bundle not sealed", bundle=told["id"], reason=told["reason"])
+                self._catalogue.update(told["id"], state=BundleState.FAILED, reason=told["reason"])
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def iterate(self, chunks: Iterator[bytes]) -> Any:
+        """Turn a blocking iterator of bytes into an asynchronous one, outside the stop path's threads."""
+
+        async def generate() -> Any:
+            while chunk := await self._in_thread(lambda: next(chunks, b"")):
+                yield chunk
+
+        return generate()
+
+
+def _sealed_entry(header: Header, size: int) -> BundleEntry:
+    return BundleEntry(
+        header.metadata,
+        BundleState.SEALED,
+        gaps=header.gaps,
+        size=size,
+        total=header.raw,
+        sealed=header.raw,
+        hold_seconds=header.hold_seconds,
+        graceful_seconds=header.graceful_seconds,
+    )
+
+
+def _read_record(path: Path) -> _Report:
+    steps, gaps = [], []
+    with path.open("rb") as file:
+        for line in file:
+            # A record may hold a million files: only what is asked for is parsed.
+            if line.startswith(b'{"step":'):
+                steps.append(json.loads(line)["step"])
+            elif line.startswith(b'{"gap":'):
+                gaps.append(json.loads(line)["gap"])
+    return steps, gaps

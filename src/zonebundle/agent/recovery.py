@@ -1,0 +1,89 @@
+"""Start-up: what the last agent left in the spool, and on the file systems of the logs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from concurrent.futures import Executor
+from pathlib import Path
+
+import structlog
+
+from zonebundle.agent.catalogue import BundleEntry, BundleState, Catalogue
+from zonebundle.agent.state import StateDir
+from zonebundle.capture.spool import Pending, Spool
+from zonebundle.errors import FormatError, SnapshotError
+from zonebundle.model.record import RECORD_FILE, Area, Intent, RecordHeader
+from zonebundle.snapshots.areas import destroy_area
+
+_log = structlog.get_logger()
+
+
+class Recovery:
+    """Sorts the spool: nothing begun → removed; intent without record → to be finished; record → to be sealed."""
+
+    def __init__(self, spool: Spool, state: StateDir, installation: str, threads: Executor) -> None:
+        self._spool = spool
+        self._state = state
+        self._installation = installation
+        self._threads = threads
+        self.recorded: list[str] = []
+
+    async def run(self, catalogue: Catalogue) -> list[Intent]:
+        """Clean up and list what is recorded; returns the intents that have to be finished."""
+        pending = await asyncio.get_running_loop().run_in_executor(self._threads, lambda: list(self._spool.pending()))
+        in_use = {area for entry in pending if entry.recorded for area in _areas_of(entry.path / RECORD_FILE)}
+        interrupted: list[Intent] = []
+        for entry in pending:
+            ended = self._spool.end_commands(entry.bundle_id)
+            if ended:
+                _log.warning("ended commands that outlived the last agent", bundle=entry.bundle_id, processes=ended)
+            if entry.recorded:
+                self._list_recorded(entry, catalogue)
+            elif entry.intent is None:
+                # Before the intent was durable the zone was not touched: no trace is left.
+                self._spool.remove(entry.bundle_id)
+            else:
+                await asyncio.get_running_loop().run_in_executor(self._threads, self._clear, entry.intent, in_use)
+                interrupted.append(entry.intent)
+        return interrupted
+
+    def _list_recorded(self, entry: Pending, catalogue: Catalogue) -> None:
+        try:
+            with (entry.path / RECORD_FILE).open("rb") as file:
+                header = RecordHeader.from_json(json.loads(file.readline()))
+        except (OSError, ValueError, KeyError, FormatError) as error:
+            _log.error("capture record cannot be read; the entry is kept", path=str(entry.path), reason=str(error))
+            if entry.intent is not None:
+                catalogue.put(BundleEntry(entry.intent.metadata, BundleState.FAILED, reason=str(error)))
+            return
+        catalogue.put(
+            BundleEntry(
+                header.metadata,
+                BundleState.SEALING,
+                hold_seconds=header.hold_seconds,
+                graceful_seconds=header.graceful_seconds,
+            )
+        )
+        self.recorded.append(entry.bundle_id)
+
+    def _clear(self, intent: Intent, in_use: set[str]) -> None:
+        """Destroy what the interrupted hold had taken; it is taken again. By name, mark and intent."""
+        parents = [*self._state.staging, str(self._spool.entry(intent.metadata.bundle_id))]
+        for path in (str(Path(parent, intent.snapshot)) for parent in parents):
+            # Followers that were recorded before the leader still read its snapshot.
+            if path in in_use or not Path(path).exists():
+                continue
+            try:
+                destroy_area(Area("staged", path, intent.metadata.bundle_id), self._installation)
+            except SnapshotError as error:
+                _log.error("staging area not removed", path=path, reason=str(error))
+
+
+def _areas_of(record: Path) -> set[str]:
+    areas = set()
+    with record.open("rb") as file:
+        for line in file:
+            if line.startswith(b'{"area":'):
+                areas.add(json.loads(line)["area"]["path"])
+    return areas

@@ -1,0 +1,157 @@
+"""Runs the agent: its socket, its signals, its log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import grp
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+import uvicorn
+import uvloop
+
+from zonebundle.agent.agent import Agent
+from zonebundle.agent.config import Config
+from zonebundle.api.app import make_app
+from zonebundle.errors import AlreadyRunningError, UnavailableError
+
+_GROUP = "zone-bundle"
+_log = structlog.get_logger()
+
+
+def serve(config: Config, log_level: str = "info") -> None:
+    """Run an agent until SIGTERM or SIGINT. Raises ZoneBundleError if it cannot start."""
+    os.umask(0o077)
+    _configure_log(log_level)
+    uvloop.run(_serve(config))
+
+
+async def _serve(config: Config) -> None:
+    with contextlib.ExitStack() as stack:
+        # The socket first: a second agent on it is refused before anything else is touched.
+        sockets = [stack.enter_context(listening(path)) for path in config.agent.sockets]
+        agent = Agent(config)
+        await agent.start()
+        try:
+            server = _Server(
+                uvicorn.Config(
+                    make_app(agent),
+                    log_config=None,
+                    access_log=False,
+                    lifespan="off",
+                    timeout_graceful_shutdown=30,
+                    backlog=1024,
+                )
+            )
+            _notify_systemd("READY=1")
+            _log.info("agent is ready", listen=list(config.agent.listen), zones=len(config.zones), pid=os.getpid())
+            await server.serve(sockets)
+            _notify_systemd("STOPPING=1")
+        finally:
+            await agent.close()
+    _log.info("agent has stopped; zones run on")
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    """A listening Unix socket, 0660 and of the group zone-bundle if there is one; removed at the end.
+
+    Raises AlreadyRunningError if somebody answers there, UnavailableError if it cannot be made.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_dead_socket(path)
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        sock.bind(str(path))
+        path.chmod(0o660)
+        with contextlib.suppress(KeyError, PermissionError):
+            os.chown(path, -1, grp.getgrnam(_GROUP).gr_gid)
+        sock.listen(1024)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        hint = "shorten the path to less than 108 bytes" if "too long" in str(error) else "make its directory writable"
+        raise UnavailableError(f"cannot listen on unix:{path}: {reason}; {hint}, or set [agent] listen") from None
+    except BaseException:
+        sock.close()
+        raise
+    identity = path.stat()
+    try:
+        yield sock
+    finally:
+        sock.close()
+        with contextlib.suppress(FileNotFoundError):
+            # Not another agent's, which may have taken the place meanwhile.
+            if (path.stat().st_ino, path.stat().st_dev) == (identity.st_ino, identity.st_dev):
+                path.unlink()
+
+
+def _remove_dead_socket(path: Path) -> None:
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    probe.settimeout(2)
+    try:
+        probe.connect(str(path))
+    except FileNotFoundError:
+        return
+    except ConnectionRefusedError:
+        if not path.is_socket():
+            raise OSError(errno.EEXIST, "a file that is not a socket is in its place") from None
+        path.unlink()
+        return
+    except TimeoutError:
+        pass
+    finally:
+        probe.close()
+    raise AlreadyRunningError(f"unix:{path} is in use: another agent listens there; stop it, or set [agent] listen")
+
+
+class _Server(uvicorn.Server):
+    """Ends on SIGTERM and SIGINT. uvicorn's own handlers raise the signal again, before the agent could close."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            self.should_exit = True
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+
+def _notify_systemd(message: str) -> None:
+    """Tell a service manager (sd_notify(3)); nothing happens where there is none."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        sock.connect("\0" + address[1:] if address.startswith("@") else address)
+        sock.sendall(message.encode())
+
+
+def _configure_log(level: str) -> None:
+    terminal = sys.stderr.isatty()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            # repr-like rendering: what a zone wrote cannot forge a line or drive the terminal.
+            structlog.dev.ConsoleRenderer(colors=True) if terminal else structlog.processors.LogfmtRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper(), logging.INFO)),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )

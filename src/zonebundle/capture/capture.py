@@ -1,0 +1,217 @@
+"""The hold of a zone, as the agent conducts it. `Capturer.capture` is the picture of the stop path."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from zonebundle.capture.order import FinishOrder, HoldOrder, HoldSettings, SharedSnapshot
+from zonebundle.capture.spool import Spool
+from zonebundle.capture.workers import HoldWorker, HoldWorkers, WorkerDiedError
+from zonebundle.errors import HostError, ZoneBundleError
+from zonebundle.host import trace
+from zonebundle.model.record import Area, Intent
+from zonebundle.model.report import Gap
+from zonebundle.snapshots.areas import destroy_area
+from zonebundle.snapshots.group import SnapshotGroup
+
+_log = structlog.get_logger()
+
+# Beyond the budget, for a worker's own bookkeeping; one that is later hangs where it should not.
+_MARGIN = 2.0
+# The record is written to a disk that may be busy; there is nothing better to do than to wait for it.
+_RECORD_PATIENCE = 60.0
+
+Halt = Callable[[], Awaitable[None]]
+
+
+class StagingRegistry(Protocol):
+    """Remembers, durably, which staging directories were ever used: recovery looks into them."""
+
+    async def remember(self, directories: list[str]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What became of a hold. Seconds; `hold_seconds` is all but the graceful stop.
+
+    `recorded`: the evidence is safe and can be sealed. `failure`: what the runtime said when it could not stop the
+    zone. `gaps` counts what the bundle lacks so far.
+    """
+
+    bundle_id: str
+    recorded: bool
+    hold_seconds: float
+    graceful_seconds: float
+    gaps: int
+    failure: ZoneBundleError | None = None
+    reasons: tuple[Gap, ...] = ()
+
+
+@dataclass(slots=True)
+class _Conduct:
+    """One hold on its way: the worker may be replaced, the gaps grow."""
+
+    order: HoldOrder
+    stack: contextlib.AsyncExitStack
+    worker: HoldWorker
+    gaps: list[Gap] = field(default_factory=list)
+    begun: dict[str, Any] = field(default_factory=dict)
+    followers: tuple[str, ...] = ()
+
+
+class Capturer:
+    """Conducts holds. Shares with other holds nothing but a processor, and the snapshot of a common file system."""
+
+    def __init__(self, workers: HoldWorkers, spool: Spool, staging: StagingRegistry) -> None:
+        self._workers = workers
+        self._spool = spool
+        self._staging = staging
+        self._groups = SnapshotGroup()
+
+    async def capture(
+        self,
+        intent: Intent,
+        settings: HoldSettings,
+        *,
+        probe: bool,
+        living: bool,
+        halt: Halt | None = None,
+        gaps: tuple[Gap, ...] = (),
+    ) -> Captured:
+        """Hold the zone, keep its evidence, return when it is safe and the zone may go.
+
+        `probe`: its processes are there to be looked at. `living`: it runs on while its logs are taken. `halt` stops
+        it between the look and the snapshot. What goes wrong becomes a gap. Run it in a task of its own: a vanished
+        client must not cancel it. Raises UnavailableError if no worker can be had; the zone is untouched then.
+        """
+        began = time.monotonic()
+        async with contextlib.AsyncExitStack() as stack:
+            worker = await stack.enter_async_context(self._workers.take())
+            order = HoldOrder(str(self._spool.entry(intent.metadata.bundle_id)), intent, began, settings, probe)
+            conduct = _Conduct(order, stack, worker, list(gaps))
+            durable = asyncio.ensure_future(self._write_intent(intent, conduct))
+            await self._look(conduct)
+            recoverable = await durable
+            trace.point("stop.probed")
+            graceful, failure = await self._halt(halt)
+            trace.point("stop.terminated")
+            recorded, missing = False, len(conduct.gaps)
+            if recoverable or self._spool.entry(intent.metadata.bundle_id).is_dir():
+                snapshots = await self._take_snapshots(conduct)
+                recorded, missing = await self._record(conduct, graceful, snapshots, living=living)
+        return Captured(
+            bundle_id=intent.metadata.bundle_id,
+            recorded=recorded,
+            hold_seconds=time.monotonic() - began - graceful,
+            graceful_seconds=graceful,
+            gaps=missing,
+            failure=failure,
+            reasons=tuple(conduct.gaps),
+        )
+
+    async def _write_intent(self, intent: Intent, conduct: _Conduct) -> bool:
+        try:
+            await self._spool.write_intent(intent)
+        except OSError as error:
+            # The zone's stop goes before our wish to survive a crash in the middle of it.
+            conduct.gaps.append(Gap("not-recoverable", f"the intent could not be written: {error}"))
+            _log.error("intent not written; the stop goes on", zone=intent.zone.name, reason=str(error))
+            return False
+        conduct.worker.notify({"do": "go"})
+        return True
+
+    async def _look(self, conduct: _Conduct) -> None:
+        budget = conduct.order.settings.budget
+        try:
+            conduct.begun = await conduct.worker.call(
+                {"do": "begin", "order": conduct.order.to_json()}, budget + _MARGIN
+            )
+        except WorkerDiedError as error:
+            await self._replace_worker(conduct, f"probes and commands were lost: {error}")
+        except HostError as error:
+            conduct.gaps.append(Gap("probes", str(error)))
+
+    async def _replace_worker(self, conduct: _Conduct, reason: str) -> None:
+        """Go on with a fresh worker, without probes: the zone waits."""
+        order = conduct.order
+        _log.warning("hold worker replaced", zone=order.intent.zone.name, reason=reason)
+        conduct.gaps.append(Gap("probes", reason))
+        self._spool.end_commands(order.intent.metadata.bundle_id)
+        conduct.worker = await conduct.stack.enter_async_context(self._workers.take())
+        again = HoldOrder(order.entry, order.intent, order.began, order.settings, probe=False)
+        try:
+            conduct.begun = await conduct.worker.call({"do": "begin", "order": again.to_json()}, _MARGIN)
+        except HostError as error:
+            conduct.gaps.append(Gap("logs", f"the log directories could not be opened: {error}"))
+
+    async def _halt(self, halt: Halt | None) -> tuple[float, ZoneBundleError | None]:
+        begin = time.monotonic()
+        if halt is None:
+            return 0.0, None
+        try:
+            await halt()
+        except ZoneBundleError as error:
+            return time.monotonic() - begin, error
+        return time.monotonic() - begin, None
+
+    async def _take_snapshots(self, conduct: _Conduct) -> dict[str, SharedSnapshot]:
+        """The snapshots that the zone's logs need, alone or shared. What none can be taken of is staged instead."""
+        if directories := conduct.begun.get("staging"):
+            await self._staging.remember(directories)
+        # One snapshot a bundle: its area's name is the bundle's. Logs on further subvolumes are staged by reflink.
+        for group in conduct.begun.get("groups", [])[:1]:
+
+            async def take(followers: list[str], group: str = group) -> SharedSnapshot:
+                conduct.followers = tuple(followers)
+                reply = await conduct.worker.call(
+                    {"do": "snapshot", "group": group}, conduct.order.settings.budget + _MARGIN
+                )
+                return SharedSnapshot(reply["kind"], reply["area"], reply["leader"])
+
+            try:
+                return {group: await self._groups.share(group, conduct.order.intent.metadata.bundle_id, take)}
+            except ZoneBundleError as error:
+                _log.warning("snapshot failed; staging instead", zone=conduct.order.intent.zone.name, reason=str(error))
+        return {}
+
+    async def _record(
+        self, conduct: _Conduct, graceful: float, snapshots: dict[str, SharedSnapshot], *, living: bool
+    ) -> tuple[bool, int]:
+        """Stage, and make the record durable: (recorded, gaps)."""
+        for attempt in range(2):
+            if conduct.worker.spent:
+                await self._replace_worker(conduct, "the worker that held the zone hung")
+            finish = FinishOrder(
+                graceful=graceful,
+                living=living,
+                durable=conduct.order.intent.remove,
+                remove=conduct.order.intent.remove,
+                snapshots=snapshots,
+                followers=conduct.followers,
+                gaps=tuple(conduct.gaps),
+            )
+            try:
+                reply = await conduct.worker.call({"do": "finish", "order": finish.to_json()}, _RECORD_PATIENCE)
+                return True, reply["gaps"]
+            except HostError as error:
+                conduct.gaps.append(Gap("record", str(error)))
+                _log.error("capture record not written", zone=conduct.order.intent.zone.name, reason=str(error))
+                if attempt == 0:
+                    self._clear_staging(conduct)
+        return False, len(conduct.gaps)
+
+    def _clear_staging(self, conduct: _Conduct) -> None:
+        """Remove what a failed attempt staged, so that the next one starts afresh."""
+        intent = conduct.order.intent
+        for parent in [*conduct.begun.get("staging", []), conduct.order.entry]:
+            area = Area("staged", str(Path(parent, intent.snapshot)), intent.metadata.bundle_id)
+            with contextlib.suppress(ZoneBundleError, OSError):
+                destroy_area(area, conduct.order.settings.installation)

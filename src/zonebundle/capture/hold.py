@@ -1,0 +1,265 @@
+"""One zone's hold inside a worker: look, snapshot, stage, record. Everything that can hang runs in threads.
+
+The main thread touches nothing of the zone, so it always comes back at the deadline and writes the record with what
+there is. A thread that is still stuck then makes the worker `is_stuck`: it is replaced, not waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from zonebundle.capture.evidence import Evidence
+from zonebundle.capture.logs import OpenLogs, open_logs
+from zonebundle.capture.look import Look
+from zonebundle.capture.order import FinishOrder, HoldOrder
+from zonebundle.capture.record_writer import RecordWriter
+from zonebundle.errors import HostError, SnapshotError
+from zonebundle.host import proc, trace
+from zonebundle.host.process import kill_strays
+from zonebundle.model.record import COMMANDS_FILE, Area, LogFile, RecordHeader, SnapshotTree
+from zonebundle.model.report import Gap, Outcome, Step
+from zonebundle.model.zone import ProcessRef
+from zonebundle.snapshots.areas import prepare_area
+from zonebundle.snapshots.base import Choice, OpenTree, StagingRules
+from zonebundle.snapshots.btrfs import take_btrfs
+from zonebundle.snapshots.choose import choose
+from zonebundle.snapshots.staged import stage
+
+T = TypeVar("T")
+
+_THREADS = 6
+# Of the budget, this share is for probes and commands at most; the snapshot, tried last and always, has the rest.
+LOOK_SHARE = 0.75
+_OPEN_SHARE = 0.25
+
+
+class Hold:
+    """The state of one hold between the agent's messages."""
+
+    def __init__(self, order: HoldOrder) -> None:
+        self._order = order
+        self._settings = order.settings
+        self._entry = Path(order.entry)
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="hold")
+        self._evidence = Evidence(order.began)
+        self._logs = OpenLogs([], [])
+        self._choices: list[tuple[OpenTree, Choice]] = []
+        self._unfinished: set[asyncio.Future[Any]] = set()
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a thread of this hold still hangs."""
+        return any(not future.done() for future in self._unfinished)
+
+    async def begin(self, go: asyncio.Event) -> dict[str, Any]:
+        """Open the logs, and look at the zone: probes at once, commands when `go` says that the intent is durable."""
+        began = self._order.began
+        # Counted from now as well: a worker that takes another's place begins late, and what is not opened is lost.
+        patience = time.monotonic() + self._settings.budget * _OPEN_SHARE
+        logs = asyncio.ensure_future(self._open_logs(max(patience, began + self._settings.budget * LOOK_SHARE)))
+        if self._order.probe:
+            look = Look(self._order, self._evidence, self._in_thread, self._note_command)
+            await look.run(go, began + self._settings.budget * LOOK_SHARE)
+            if look.ran_commands:
+                await self._bounded("stray processes", kill_strays, time.monotonic() + 1.0)
+        await logs
+        return {
+            "groups": sorted({choice.group for _, choice in self._choices if choice.group is not None}),
+            "staging": sorted({choice.staging for _, choice in self._choices if choice.staging is not None}),
+            "warnings": sorted({choice.warning for _, choice in self._choices if choice.warning}),
+        }
+
+    async def take_snapshot(self, group: str) -> dict[str, Any]:
+        """Take the snapshot of one group, that this bundle leads; its area is reported."""
+        tree, choice = next((tree, choice) for tree, choice in self._choices if choice.group == group)
+        if choice.staging is None:
+            raise SnapshotError(f"no staging directory for a snapshot of {tree.tree.path}; name one under [staging]")
+        area = Path(choice.staging, self._order.intent.snapshot)
+
+        def take() -> None:
+            prepare_area(area, self._settings.installation)
+            take_btrfs(tree, area, self._settings.installation)
+
+        begin = time.monotonic()
+        await self._within("snapshot", take, time.monotonic() + self._settings.budget)
+        trace.point("capture.snapshot-taken")
+        self._evidence.step("snapshot", Outcome.SUCCESS, begin, f"btrfs, {area}")
+        return {"kind": str(choice.kind), "area": str(area), "leader": self._order.intent.metadata.bundle_id}
+
+    async def finish(self, finish: FinishOrder) -> dict[str, Any]:
+        """Stage what no snapshot holds, write the record and make it durable: from here on nothing is lost."""
+        writer = RecordWriter(self._entry)
+        try:
+            for gap in finish.gaps:
+                self._evidence.gap(gap.what, gap.reason)
+            areas = self._record_snapshots(writer, finish)
+            await self._stage(writer, finish, areas)
+            trace.point("capture.staged")
+            hold_seconds = time.monotonic() - self._order.began - finish.graceful
+            self._evidence.write(writer)
+            if finish.followers:
+                writer.add("followers", list(finish.followers))
+            writer.commit(
+                RecordHeader(
+                    metadata=self._order.intent.metadata,
+                    operation=self._order.intent.operation,
+                    hold_seconds=hold_seconds,
+                    graceful_seconds=finish.graceful,
+                    outputs=writer.output_bytes,
+                    limits=self._settings.limits,
+                    remove=finish.remove,
+                )
+            )
+            trace.point("capture.record-durable")
+        finally:
+            writer.close()
+        return {"gaps": len(self._evidence.gaps), "files": self._evidence.files, "bytes": self._evidence.log_bytes}
+
+    def close(self) -> None:
+        """Let go of the zone's directories, unless a stuck thread still uses them."""
+        if not self.is_stuck:
+            self._logs.close()
+        self._threads.shutdown(wait=False)
+
+    async def _open_logs(self, deadline: float) -> None:
+        rules = StagingRules(self._settings.staging, self._settings.state_dir, self._settings.zone_roots)
+
+        def open_and_choose() -> tuple[OpenLogs, list[tuple[OpenTree, Choice]]]:
+            logs = open_logs(self._order.intent.zone.logs)
+            return logs, [(tree, choose(tree.descriptor, tree.tree.path, rules)) for tree in logs.trees]
+
+        begin = time.monotonic()
+        try:
+            self._logs, self._choices = await self._within("open logs", open_and_choose, deadline)
+        except (OSError, HostError, SnapshotError) as error:
+            self._evidence.gap("logs", f"the log directories cannot be opened: {error}")
+            self._evidence.step("open logs", Outcome.FAIL, begin, str(error))
+            return
+        for gap in self._logs.gaps:
+            self._evidence.gap(gap.what, gap.reason)
+        kinds = ", ".join(sorted({str(choice.kind) for _, choice in self._choices}))
+        self._evidence.step("open logs", Outcome.SUCCESS, begin, f"{len(self._choices)} directories ({kinds})")
+
+    def _record_snapshots(self, writer: RecordWriter, finish: FinishOrder) -> int:
+        """Write the trees that lie in snapshots, to be walked behind; returns the number of areas."""
+        numbers: dict[str, int] = {}
+        for group, shared in finish.snapshots.items():
+            numbers[group] = len(numbers)
+            writer.add("area", Area("btrfs", shared.area, shared.leader).to_json())
+        for open_tree, choice in self._choices:
+            if choice.group in numbers:
+                tree = open_tree.tree
+                writer.add(
+                    "tree",
+                    SnapshotTree(
+                        area=numbers[choice.group],
+                        path=choice.subpath,
+                        source=tree.source,
+                        prefix=tree.prefix,
+                        patterns=tree.patterns,
+                        host_root=tree.path,
+                    ).to_json(),
+                )
+        return len(numbers)
+
+    async def _stage(self, writer: RecordWriter, finish: FinishOrder, first_area: int) -> None:
+        budget = self._settings.budget
+        spent = time.monotonic() - self._order.began - finish.graceful
+        deadline = time.monotonic() + max(budget - spent, budget * (1 - LOOK_SHARE))
+        by_area: dict[Path, list[tuple[OpenTree, Choice]]] = {}
+        for open_tree, choice in self._choices:
+            if choice.group not in finish.snapshots:
+                parent = choice.staging if choice.staging is not None else self._order.entry
+                area = Path(parent, self._order.intent.snapshot)
+                by_area.setdefault(area, []).append((open_tree, choice.without_snapshot()))
+        for number, (area, trees) in enumerate(by_area.items(), start=first_area):
+            writer.add("area", Area("staged", str(area), self._order.intent.metadata.bundle_id).to_json())
+            begin = time.monotonic()
+            counted = _Counted(writer, self._evidence, number)
+
+            def work(deadline: float, area: Path = area, trees: list[Any] = trees, counted: _Counted = counted) -> None:
+                prepare_area(area, self._settings.installation)
+                for item in stage(
+                    trees,
+                    area,
+                    counted.area,
+                    deadline=deadline,
+                    copy_limit=self._settings.copy_limit,
+                    limits=self._settings.limits,
+                    living=finish.living,
+                    durable=finish.durable,
+                ):
+                    counted.take(item)
+
+            kind = ", ".join(sorted({str(choice.kind) for _, choice in trees}))
+            try:
+                # The thread stops by itself at the deadline, between two files; longer, and it hangs.
+                await self._within("stage", partial(work, deadline), deadline + budget * _OPEN_SHARE)
+                outcome = Outcome.SUCCESS
+            except TimeoutError as error:
+                self._evidence.gap("logs", f"staging in {area.parent}: {error}")
+                outcome = Outcome.TIMEOUT
+            except Exception as error:
+                # A full or broken staging directory, or a defect of ours, must cost neither record nor stop.
+                traceback.print_exc()
+                self._evidence.gap("logs", f"staging in {area.parent} failed: {type(error).__name__}: {error}")
+                outcome = Outcome.FAIL
+            self._evidence.step("stage", outcome, begin, f"{counted.files} files ({kind})")
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        self._unfinished.add(future)
+        # Shielded: a cancelled wait must not make a running thread look finished.
+        try:
+            return await asyncio.shield(future)
+        finally:
+            if future.done():
+                self._unfinished.discard(future)
+
+    async def _within(self, what: str, work: Callable[[], T], deadline: float) -> T:
+        try:
+            return await asyncio.wait_for(self._in_thread(work), max(0.01, deadline - time.monotonic()))
+        except TimeoutError:
+            raise TimeoutError(f"{what} did not finish within the budget") from None
+
+    async def _bounded(self, what: str, work: Callable[[], Any], deadline: float) -> None:
+        try:
+            await self._within(what, work, deadline)
+        except TimeoutError as error:
+            self._evidence.gap(what, str(error))
+
+    def _note_command(self, process: ProcessRef) -> None:
+        """Note a process that we started, so that the next start can end it if we cannot."""
+        line = json.dumps({"boot_id": proc.boot_id(), "pid": process.pid, "start_time": process.start_time})
+        with (self._entry / COMMANDS_FILE).open("a") as file:
+            file.write(line + "\n")
+
+
+class _Counted:
+    """Takes what the staging yields, in its thread, and hands it to the record."""
+
+    def __init__(self, writer: RecordWriter, evidence: Evidence, area: int) -> None:
+        self._writer = writer
+        self._evidence = evidence
+        self.area = area
+        self.files = 0
+
+    def take(self, item: LogFile | Gap | Step) -> None:
+        if isinstance(item, LogFile):
+            self._writer.add("file", item.to_json())
+            self.files += 1
+            self._evidence.count(item.size - item.first)
+            if self.files == 2:
+                trace.point("capture.staged-half")
+        elif isinstance(item, Gap):
+            self._evidence.gap(item.what, item.reason)
+        else:
+            self._evidence.add(item)

@@ -1,0 +1,141 @@
+"""The agent's side of the spool: entries from the intent on, until the sealer has them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from zonebundle.errors import FormatError, UsageError
+from zonebundle.host import proc, trace
+from zonebundle.host.files import make_private_directory, remove_tree, sync_directory, write_durably
+from zonebundle.model.ids import check_bundle_id
+from zonebundle.model.record import COMMANDS_FILE, INTENT_FILE, RECORD_FILE, Intent
+from zonebundle.model.zone import ProcessRef
+
+_log = structlog.get_logger()
+
+_RESERVE = "reserve"
+_RESERVE_BYTES = 4 << 20
+# Writes of different stops go out together, and the file system commits them together.
+_WRITERS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """An entry found at start-up: `recorded` if its evidence is safe; `intent` is None if that was never whole."""
+
+    bundle_id: str
+    path: Path
+    intent: Intent | None
+    recorded: bool
+
+
+class Spool:
+    """`<state-dir>/spool`. Its threads write intents and do nothing else: they are part of the stop path."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.path = state_dir / "spool"
+        self._reserve = state_dir / _RESERVE
+        self._threads = ThreadPoolExecutor(_WRITERS, thread_name_prefix="intent")
+
+    def open(self) -> None:
+        """Create the spool and the reserve, a little space that a full disk cannot take away."""
+        make_private_directory(self.path)
+        self._refill_reserve()
+
+    def entry(self, bundle_id: str) -> Path:
+        return self.path / bundle_id
+
+    async def write_intent(self, intent: Intent) -> None:
+        """Make the intent durable: from here on the stop will be finished. Raises OSError (the disk is full)."""
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._write_intent, intent)
+
+    def _write_intent(self, intent: Intent) -> None:
+        trace.point("stop.accepted")
+        entry = self.entry(intent.metadata.bundle_id)
+        data = json.dumps(intent.to_json(), separators=(",", ":")).encode()
+        try:
+            self._write_entry(entry, data)
+        except OSError as error:
+            _log.warning("no space for an intent; using the reserve", reason=str(error))
+            with contextlib.suppress(FileNotFoundError):
+                self._reserve.unlink()
+            self._write_entry(entry, data)
+        trace.point("stop.intent-durable")
+
+    def _write_entry(self, entry: Path, data: bytes) -> None:
+        entry.mkdir(mode=0o700, exist_ok=True)
+        write_durably(entry / INTENT_FILE, data)
+        sync_directory(self.path)
+
+    def pending(self) -> Iterator[Pending]:
+        """Every entry that is there, oldest name first. What is not an entry of ours is left alone and logged."""
+        for path in sorted(self.path.iterdir()):
+            if path.name.startswith("."):
+                # What the sealer is about to remove.
+                continue
+            try:
+                check_bundle_id(path.name)
+            except UsageError:
+                _log.warning("not a spool entry; left alone", path=str(path))
+                continue
+            yield Pending(path.name, path, self._read_intent(path), (path / RECORD_FILE).exists())
+
+    def _read_intent(self, path: Path) -> Intent | None:
+        try:
+            return Intent.from_json(json.loads((path / INTENT_FILE).read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise FormatError(
+                f"{path / INTENT_FILE} cannot be read: {error}; move the directory away to go on"
+            ) from None
+
+    def remove(self, bundle_id: str) -> None:
+        """Remove an entry, with all it holds; a missing one is fine."""
+        remove_tree(self.entry(bundle_id))
+
+    def end_commands(self, bundle_id: str) -> int:
+        """Kill what the commands of a hold left running (its worker died before it could); returns how many."""
+        ended = 0
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.entry(bundle_id) / COMMANDS_FILE).read_text().splitlines():
+                ended += _end_command(line)
+        return ended
+
+    def _refill_reserve(self) -> None:
+        descriptor = os.open(self._reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
+        except OSError as error:
+            _log.warning("no space for the reserve: stops may not be recoverable", reason=str(error))
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
+
+
+def _end_command(line: str) -> int:
+    try:
+        noted = json.loads(line)
+        process = ProcessRef(noted["pid"], noted["start_time"])
+    except (ValueError, KeyError, TypeError):
+        # The last line may be cut where the writer died.
+        return 0
+    if noted.get("boot_id") != proc.boot_id():
+        return 0
+    # Commands lead a session of their own: descendants first, while they can still be found, then the session.
+    doomed = dict.fromkeys(proc.descendants([process])) | dict.fromkeys(
+        member for member in proc.in_session(process.pid) if member.start_time >= process.start_time
+    )
+    return sum(proc.send_signal(member, signal.SIGKILL) for member in doomed)

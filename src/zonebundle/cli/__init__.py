@@ -1,0 +1,1 @@
+"""The command zone-bundle: one module for each group of verbs."""

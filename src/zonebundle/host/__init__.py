@@ -1,0 +1,1 @@
+"""The operating system: processes, durable writes, safe walks and opens, /proc, clocks, priorities."""

@@ -1,0 +1,116 @@
+"""Messages between the agent and its children: JSON objects over a socket pair, with descriptors where needed.
+
+SOCK_SEQPACKET keeps message borders and reports the peer's death as an end of file. Messages are small (what is large
+goes through files in the spool), so a send never waits: a full
+buffer means that the peer does not read, and is an error.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import errno
+import json
+import os
+import socket
+from typing import Any
+
+_MESSAGE = 128 << 10
+_DESCRIPTORS = 4
+_RIGHTS = socket.CMSG_LEN(_DESCRIPTORS * array.array("i").itemsize)
+
+
+class ChannelClosed(ConnectionError):
+    """The peer has closed its end, or died."""
+
+
+def channel_pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets for Channel; both non-inheritable."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+# Not socket.send_fds and recv_fds: they take flags and forget them, so that descriptors would arrive inheritable.
+
+
+def send_message(sock: socket.socket, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+    """Send one message; raises ChannelClosed if the peer is gone, ValueError if it could not take the whole message."""
+    data = json.dumps(message, separators=(",", ":")).encode()
+    if len(data) > _MESSAGE or len(descriptors) > _DESCRIPTORS:
+        raise ValueError(
+            f"a message of {len(data)} bytes and {len(descriptors)} descriptors does not fit: "
+            f"at most {_MESSAGE} and {_DESCRIPTORS}"
+        )
+    try:
+        sock.sendmsg([data], _rights(descriptors), socket.MSG_NOSIGNAL)
+    except (BrokenPipeError, ConnectionResetError) as error:
+        raise ChannelClosed(str(error)) from None
+
+
+def _rights(descriptors: tuple[int, ...]) -> list[tuple[int, int, array.array[int]]]:
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+
+
+def receive_message(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Receive one message and the descriptors with it; raises ChannelClosed at the end, BlockingIOError if none."""
+    try:
+        data, rights, flags, _ = sock.recvmsg(_MESSAGE, _RIGHTS, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError as error:
+        raise ChannelClosed(str(error)) from None
+    if not data:
+        raise ChannelClosed("the peer has closed the channel")
+    descriptors = _descriptors(rights)
+    try:
+        if flags & socket.MSG_TRUNC:
+            raise ValueError(f"a message of more than {_MESSAGE} bytes was cut")
+        if flags & socket.MSG_CTRUNC:
+            raise OSError(errno.EMFILE, "the descriptors of a message were lost: too many are open here")
+        message: dict[str, Any] = json.loads(data)
+    except BaseException:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+    return message, descriptors
+
+
+def _descriptors(rights: list[tuple[int, int, bytes]]) -> list[int]:
+    received = array.array("i")
+    for level, kind, data in rights:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            received.frombytes(data[: len(data) - len(data) % received.itemsize])
+    return received.tolist()
+
+
+def _wake(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
+
+
+class Channel:
+    """One end of a pair inside an event loop; one task receives."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+
+    def send(self, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+        """Send without waiting; raises ChannelClosed, or BlockingIOError if the peer does not read."""
+        send_message(self._sock, message, descriptors)
+
+    async def receive(self) -> tuple[dict[str, Any], list[int]]:
+        """The next message and its descriptors (the caller closes them); raises ChannelClosed. Cancellable."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return receive_message(self._sock)
+            except BlockingIOError:
+                pass
+            ready: asyncio.Future[None] = loop.create_future()
+            descriptor = self._sock.fileno()
+            loop.add_reader(descriptor, _wake, ready)
+            try:
+                await ready
+            finally:
+                loop.remove_reader(descriptor)
+
+    def close(self) -> None:
+        self._sock.close()

@@ -1,0 +1,124 @@
+"""The system calls that Python does not offer: openat2, syncfs, prctl, ioprio_set, and ioctl without the lock.
+
+Numbers and structures are from the kernel's uapi headers (asm-generic/unistd.h, linux/openat2.h, linux/prctl.h,
+linux/ioprio.h); openat2 has the same number on every architecture that got it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import platform
+from collections.abc import Iterator
+
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+
+_NR_OPENAT2 = 437
+_NR_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30}.get(platform.machine())
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_IOPRIO_CLASS_IDLE = 3 << 13
+_IOPRIO_WHO_PROCESS = 1
+_CLONE_NEWNET = 0x40000000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
+    """Open `path` relative to `dir_fd` under the `resolve` restrictions; returns a descriptor, raises OSError.
+
+    EAGAIN (a rename raced with the resolution) is tried again a few times, as openat2(2) advises.
+    """
+    if b"\0" in path:
+        # C would end the path there and open another file.
+        raise ValueError("embedded null byte")
+    how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
+    number = errno.EAGAIN
+    for _ in range(8):
+        descriptor: int = _syscall(
+            _NR_OPENAT2, dir_fd, ctypes.c_char_p(path), ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how))
+        )
+        if descriptor >= 0:
+            return descriptor
+        number = ctypes.get_errno()
+        if number not in (errno.EAGAIN, errno.EINTR):
+            break
+    raise OSError(number, os.strerror(number), os.fsdecode(path))
+
+
+def syncfs(descriptor: int) -> None:
+    """Write out the file system that holds `descriptor`; raises OSError (also for earlier write errors there)."""
+    if _libc.syncfs(ctypes.c_int(descriptor)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def ioctl(descriptor: int, request: int, argument: bytearray) -> None:
+    """ioctl(2) with a structure that the kernel reads and may write; raises OSError.
+
+    fcntl.ioctl keeps the interpreter's lock while it runs with more than 1024 bytes, and a btrfs snapshot may take
+    half a second: no other thread would see its deadline.
+    """
+    buffer = (ctypes.c_char * len(argument)).from_buffer(argument)
+    if _libc.ioctl(ctypes.c_int(descriptor), ctypes.c_ulong(request), buffer) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def die_with_parent(parent_pid: int, signal_number: int) -> None:
+    """Ask the kernel to signal this process when its parent dies; exits at once if it is dead already."""
+    _prctl(_PR_SET_PDEATHSIG, signal_number)
+    if os.getppid() != parent_pid:
+        os._exit(0)
+
+
+def become_subreaper() -> None:
+    """Make orphaned descendants of this process its children, so that none can slip away from being reaped."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+@contextlib.contextmanager
+def network_namespace(descriptor: int) -> Iterator[None]:
+    """Put the calling thread, and no other, into the network namespace behind `descriptor` for the body.
+
+    Raises OSError if that is refused. A socket made in the body stays in that namespace.
+    """
+    ours = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _set_network_namespace(descriptor)
+        try:
+            yield
+        finally:
+            _set_network_namespace(ours)
+    finally:
+        os.close(ours)
+
+
+def _set_network_namespace(descriptor: int) -> None:
+    if _libc.setns(ctypes.c_int(descriptor), ctypes.c_int(_CLONE_NEWNET)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), "setns")
+
+
+def set_idle_io_priority() -> bool:
+    """Give this process idle I/O priority; False where the architecture or the kernel does not know it."""
+    if _NR_IOPRIO_SET is None:
+        return False
+    return bool(_syscall(_NR_IOPRIO_SET, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_CLASS_IDLE) == 0)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), f"prctl {option}")

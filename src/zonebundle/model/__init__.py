@@ -1,0 +1,1 @@
+"""Values without I/O: ids, zones, metadata and causes, manifests, reports, the retention policy."""

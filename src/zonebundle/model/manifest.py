@@ -1,0 +1,145 @@
+"""The manifest of a bundle: a header line, then one line an entry of the tar archive, in its order (JSON Lines).
+
+The manifest is both the commit of a bundle in the store (by its rename) and the last entry of the archive. Format 1:
+
+    {"manifest": 1, "zone": …, "bundle_id": …, "time_created": …, "version": 0, "cause": …, "hold_seconds": …,
+     "graceful_seconds": …, "gaps": 0, "packed": bytes of all log pieces, "raw": bytes of all entries}
+    {"path": "logs/zone/app.log", "size": …, "crc32": …, "mode": …, "mtime": nanoseconds, "cut": …,
+     "pieces": [[segment, offset, packed, raw, crc32, blake3], …], "from": {"path": …, "ino": …}}
+
+A piece repeated n times (holes are one shared zero piece) has n as a seventh element. Entries without pieces have their
+bytes in the bundle's frame. `cut` is the offset in the frame at which an entry's pieces are inserted, or at which the
+deflate run begins that starts with the entry's own bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from zonebundle.errors import FormatError
+from zonebundle.model.metadata import Cause, Metadata
+from zonebundle.model.paths import path_from_json, path_to_json
+
+MANIFEST_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A byte range of a segment that is one full-flushed deflate run, so that it can be spliced by itself.
+
+    `segment` is the BLAKE3 (hex) of the segment's file bytes; `offset` and `packed` are bytes in that file; `raw`,
+    `crc32` and `blake3` (hex) are of the inflated bytes. `times` repeats the piece.
+    """
+
+    segment: str
+    offset: int
+    packed: int
+    raw: int
+    crc32: int
+    blake3: str
+    times: int = 1
+
+    def to_json(self) -> list[Any]:
+        fields: list[Any] = [self.segment, self.offset, self.packed, self.raw, self.crc32, self.blake3]
+        return fields if self.times == 1 else [*fields, self.times]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of the archive. `path` is bytes as in the tar header, `mtime_ns` nanoseconds, `size` bytes.
+
+    `origin` says where it came from: {"path": host path, "ino": inode} for a log, {} for what zonebundle wrote.
+    """
+
+    path: bytes
+    size: int
+    crc32: int
+    mode: int = 0o600
+    mtime_ns: int = 0
+    pieces: tuple[Piece, ...] = ()
+    cut: int = 0
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        data = path_to_json(self.path)
+        data |= {"size": self.size, "crc32": self.crc32, "mode": self.mode, "mtime": self.mtime_ns}
+        if self.cut:
+            data["cut"] = self.cut
+        if self.pieces:
+            data["pieces"] = [piece.to_json() for piece in self.pieces]
+        if self.origin:
+            data["from"] = self.origin
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Entry:
+        return cls(
+            path=path_from_json(data),
+            size=data["size"],
+            crc32=data["crc32"],
+            mode=data["mode"],
+            mtime_ns=data["mtime"],
+            pieces=tuple(Piece(*fields) for fields in data.get("pieces", ())),
+            cut=data.get("cut", 0),
+            origin=data.get("from", {}),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The manifest's first line: what a listing needs. `gaps` is their number, `packed` and `raw` are bytes."""
+
+    metadata: Metadata
+    hold_seconds: float = 0.0
+    graceful_seconds: float = 0.0
+    gaps: int = 0
+    packed: int = 0
+    raw: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "manifest": MANIFEST_FORMAT,
+            "zone": self.metadata.zone,
+            "bundle_id": self.metadata.bundle_id,
+            "time_created": self.metadata.time_created,
+            "version": self.metadata.version,
+            "cause": str(self.metadata.cause),
+            "hold_seconds": round(self.hold_seconds, 6),
+            "graceful_seconds": round(self.graceful_seconds, 6),
+            "gaps": self.gaps,
+            "packed": self.packed,
+            "raw": self.raw,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Header:
+        if data.get("manifest") != MANIFEST_FORMAT:
+            raise FormatError(
+                f"manifest format {data.get('manifest')!r} is not {MANIFEST_FORMAT}: "
+                "it was written by a newer zonebundle; use that version"
+            )
+        return cls(
+            metadata=Metadata(
+                zone=data["zone"],
+                bundle_id=data["bundle_id"],
+                time_created=data["time_created"],
+                cause=Cause(data["cause"]),
+                version=data["version"],
+            ),
+            hold_seconds=data["hold_seconds"],
+            graceful_seconds=data["graceful_seconds"],
+            gaps=data["gaps"],
+            packed=data["packed"],
+            raw=data["raw"],
+        )
+
+
+# Made once: json.dumps makes an encoder at each call, which is a third of the time that a line of a manifest takes.
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def encode_line(data: dict[str, Any]) -> bytes:
+    """One line of a JSON Lines file: ASCII, without spaces, ended by a newline."""
+    return _encode(data).encode("ascii") + b"\n"

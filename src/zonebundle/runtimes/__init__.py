@@ -1,0 +1,1 @@
+"""What runs zones: one protocol, and a module for each runtime."""

@@ -1,0 +1,100 @@
+"""End a tree of processes: ask, be patient, then leave nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Iterable
+
+from zonebundle.errors import RuntimeFailedError
+from zonebundle.host import proc
+from zonebundle.model.zone import ProcessRef
+from zonebundle.runtimes.base import Grace
+from zonebundle.runtimes.tree import Tree
+from zonebundle.runtimes.waiting import give_way
+
+# How long killed processes may take to be gone; longer are those in an uninterruptible sleep (a hung file system).
+PATIENCE = 30.0
+# A process that is stopped sees the TERM only when it goes on.
+_ASK = (signal.SIGTERM, signal.SIGCONT)
+_FREEZE_ROUNDS = 32
+_FIRST_PAUSE = 0.01
+_LONGEST_PAUSE = 0.2
+
+
+async def end(
+    tree: Tree, what: str, grace: Grace, *, ask: Iterable[ProcessRef] | None = None, patience: float = PATIENCE
+) -> None:
+    """Send TERM to the tree (or to `ask` alone), wait for the grace, kill what is left; returns when all is gone.
+
+    `what` names the tree in messages. Raises RuntimeFailedError if something is still there `patience` seconds after
+    the first KILL, naming it.
+    """
+    gone = asyncio.ensure_future(tree.gone())
+    try:
+        if ask is not None:
+            await _send(ask, *_ASK)
+        else:
+            asked = dict.fromkeys(await tree.scan())
+            await _send(asked, *_ASK)
+            # Who was forked between the look and the signal has not been asked. A default action has ended its parent
+            # by now, so this second look finds it with whoever adopted it.
+            await _send([process for process in await tree.scan() if process not in asked], *_ASK)
+        if not await grace.wait(gone):
+            await _kill(tree, what, gone, patience)
+    finally:
+        gone.cancel()
+        await asyncio.wait({gone})
+
+
+async def _kill(tree: Tree, what: str, gone: asyncio.Future[None], patience: float) -> None:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + patience
+    pause = _FIRST_PAUSE
+    while not gone.done():
+        left = await _freeze(tree)
+        await _send(left, signal.SIGKILL)
+        await asyncio.wait({gone}, timeout=pause)
+        if not gone.done() and loop.time() > deadline:
+            raise RuntimeFailedError(
+                f"cannot end {what}: {await _describe(tree)} still there {patience:g} s after being killed; "
+                "a process that waits for a device or a network file system ends when that answers"
+            )
+        pause = min(2 * pause, _LONGEST_PAUSE)
+    gone.result()
+
+
+async def _freeze(tree: Tree) -> list[ProcessRef]:
+    """Stop every process of the tree, until a look finds nobody new: then nobody is left who could fork."""
+    stopped: dict[ProcessRef, None] = {}
+    for _ in range(_FREEZE_ROUNDS):
+        fresh = [process for process in await tree.scan() if process not in stopped]
+        if not fresh:
+            break
+        # A pending signal makes a fork fail and start again, so whoever has it does not multiply any more.
+        await _send(fresh, signal.SIGSTOP)
+        stopped |= dict.fromkeys(fresh)
+    return list(stopped)
+
+
+async def _send(processes: Iterable[ProcessRef], *numbers: signal.Signals) -> None:
+    for process in processes:
+        await give_way()
+        # One that we may not signal (a set-user-ID program under an unprivileged agent) is named in the end, if it
+        # is still there; the others are not spared for it.
+        with contextlib.suppress(PermissionError):
+            proc.send_signal(process, *numbers)
+
+
+async def _describe(tree: Tree) -> str:
+    left = await tree.scan()
+    if not left:
+        return "something is"
+    some = ", ".join(f"{process.pid} ({_state(process)})" for process in left[:5])
+    return f"{'process' if len(left) == 1 else f'{len(left)} processes,'} {some} {'is' if len(left) == 1 else 'are'}"
+
+
+def _state(process: ProcessRef) -> str:
+    fields = proc.read_stat(process.pid)
+    return f"state {fields[proc.STATE]}" if fields else "gone"

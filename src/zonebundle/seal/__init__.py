@@ -1,0 +1,1 @@
+"""Behind the release: logs become segments, records become committed bundles."""

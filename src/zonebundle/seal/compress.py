@@ -1,0 +1,280 @@
+"""From planned logs to pieces: read in order, compressed beside each other, given back in order."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Protocol
+
+from zonebundle.errors import SealCanceledError
+from zonebundle.host import trace
+from zonebundle.model.manifest import Piece
+from zonebundle.model.paths import printable
+from zonebundle.model.report import Gap
+from zonebundle.seal.areas import OpenAreas
+from zonebundle.seal.marks import CRASHES_TO_SKIP, CrashMarks
+from zonebundle.seal.plan import PlannedLog
+from zonebundle.seal.reading import LogReader, read_whole
+from zonebundle.seal.report import Gaps
+from zonebundle.seal.workers import Workers
+from zonebundle.store.pieces import CHUNK, SMALL, Run, deflate, is_compressed, store_uncompressed
+
+# A pack is closed at so many raw bytes or logs, or when so many bytes have been read since it was begun: logs leave
+# in order, so those behind it wait for it. It is no bigger than a chunk, to share out small logs over the workers.
+_PACK = CHUNK
+_PACKED_LOGS = 1024
+_PACK_PATIENCE = 32 * CHUNK
+# Logs of less than this many bytes on average take longer to handle than to compress.
+_TINY = 16 << 10
+# So many logs may wait in memory for the first of them.
+_WAITING = 4 * _PACKED_LOGS
+_MAGIC = 12
+
+
+class Segments(Protocol):
+    """Where the pieces go: the segments of a store. `owner` is the bundle's ID."""
+
+    def put(self, runs: Sequence[Run], owner: str) -> list[Piece]: ...
+
+    def zero_piece(self, times: int, owner: str) -> Piece: ...
+
+
+class _Job(Protocol):
+    def done(self) -> bool: ...
+
+    def result(self) -> list[Piece]: ...
+
+
+@dataclass(slots=True)
+class _Log:
+    """A log of which jobs are on their way; `jobs` give its further pieces, in order."""
+
+    planned: PlannedLog
+    pieces: list[Piece]
+    jobs: deque[_Job]
+    is_read: bool = False
+
+    def collect(self, *, block: bool = False) -> bool:
+        """Take the pieces that are ready, in order; whether that was all of them."""
+        while self.jobs and (block or self.jobs[0].done()):
+            self.pieces += self.jobs.popleft().result()
+        return self.is_read and not self.jobs
+
+
+class _Pack:
+    """Small logs that will be one segment; they are read when it is closed."""
+
+    def __init__(self, begun: int) -> None:
+        self.begun = begun
+        self.size = 0
+        self.logs: list[PlannedLog] = []
+        self.future: Future[list[Piece]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """The job of one log in a pack."""
+
+    pack: _Pack
+    index: int
+
+    def done(self) -> bool:
+        return self.pack.future is not None and self.pack.future.done()
+
+    def result(self) -> list[Piece]:
+        assert self.pack.future is not None
+        return [self.pack.future.result()[self.index]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A piece that needs no work."""
+
+    piece: Piece
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> list[Piece]:
+        return [self.piece]
+
+
+class Compression:
+    """The logs of one bundle on their way to the store.
+
+    Reading is done by the thread that iterates, so that a file system that hangs costs nobody else; compressing,
+    hashing and writing by the shared workers, but for tiny logs, where threads would only stand in each other's way.
+    In memory are the jobs in flight and one chunk, or pack, being read.
+    """
+
+    def __init__(
+        self,
+        areas: OpenAreas,
+        workers: Workers,
+        segments: Segments,
+        owner: str,
+        marks: CrashMarks,
+        gaps: Gaps,
+        canceled: threading.Event,
+        read: Callable[[int], None],
+    ) -> None:
+        """`read` is told how many bytes have gone to the workers, at each step."""
+        self._areas = areas
+        self._workers = workers
+        self._segments = segments
+        self._owner = owner
+        self._marks = marks
+        self._gaps = gaps
+        self._canceled = canceled
+        self._tell = read
+        self._logs: deque[_Log] = deque()
+        self._pack: _Pack | None = None
+        self._bytes = 0
+        self._running: deque[Future[list[Piece]]] = deque()
+
+    @contextlib.contextmanager
+    def run(self, logs: Iterator[PlannedLog]) -> Iterator[Iterator[tuple[PlannedLog, list[Piece]]]]:
+        """Every log with its pieces, in order. At the end of the context no worker has anything of it in its hands.
+
+        Raises StoreError, SealCanceledError, and what reading raises for the bundle as a whole (see LogReader).
+        """
+        try:
+            yield self._iterate(logs)
+        finally:
+            wait(self._running)
+
+    def _iterate(self, logs: Iterator[PlannedLog]) -> Iterator[tuple[PlannedLog, list[Piece]]]:
+        for planned in logs:
+            if self._marks.skips(planned.number):
+                self._gap(planned, f"skipped: the sealer crashed {CRASHES_TO_SKIP} times while it worked on it")
+                continue
+            self._take(planned)
+            if len(self._logs) > _WAITING:
+                self._close_pack()
+                self._logs[0].collect(block=True)
+            while self._logs and self._logs[0].collect():
+                yield self._leave()
+        self._close_pack()
+        while self._logs:
+            self._logs[0].collect(block=True)
+            yield self._leave()
+
+    def _leave(self) -> tuple[PlannedLog, list[Piece]]:
+        log = self._logs.popleft()
+        return log.planned, log.pieces
+
+    def _take(self, planned: PlannedLog) -> None:
+        self._check_canceled()
+        log = _Log(planned, [], deque())
+        self._logs.append(log)
+        length = planned.length
+        if not length:
+            pass
+        elif length < SMALL and not self._marks.suspects(planned.number):
+            self._put_in_pack(log, length)
+        else:
+            if self._marks.suspects(planned.number):
+                # Marks are ranges: no pack may reach over a suspect, who would be counted with it.
+                self._close_pack()
+            with LogReader(planned.log, self._areas, self._noter(planned)) as reader:
+                self._read_chunks(log, reader)
+        log.is_read = True
+        if self._pack is not None and self._bytes - self._pack.begun >= _PACK_PATIENCE:
+            self._close_pack()
+
+    def _put_in_pack(self, log: _Log, length: int) -> None:
+        pack = self._pack
+        if pack is not None and (pack.size + length > _PACK or len(pack.logs) >= _PACKED_LOGS):
+            self._close_pack()
+            pack = None
+        if pack is None:
+            pack = self._pack = _Pack(self._bytes)
+        log.jobs.append(_Share(pack, len(pack.logs)))
+        pack.logs.append(log.planned)
+        pack.size += length
+        self._bytes += length
+
+    def _close_pack(self) -> None:
+        pack, self._pack = self._pack, None
+        if pack is None:
+            return
+        logs, pack.logs = pack.logs, []
+        numbers = (logs[0].number, logs[-1].number)
+        if pack.size < _TINY * len(logs):
+            pack.future = Future()
+            with self._workers.by_itself():
+                raws = self._read_all(logs)
+                pack.future.set_result(self._workers.run_here(lambda slot: self._compress(slot, raws, numbers)))
+            self._tell(pack.size)
+        else:
+            raws = self._read_all(logs)
+            pack.future = self._submit(lambda slot: self._compress(slot, raws, numbers), pack.size)
+
+    def _read_all(self, logs: list[PlannedLog]) -> list[bytes]:
+        return [read_whole(planned.log, self._areas, self._noter(planned)) for planned in logs]
+
+    def _read_chunks(self, log: _Log, reader: LogReader) -> None:
+        """Cut at multiples of CHUNK from the file's begin, so that a log that has grown is cut alike."""
+        number, end = log.planned.number, log.planned.log.size
+        at = log.planned.log.first
+        is_stored: bool | None = None
+        while at < end:
+            self._check_canceled()
+            stop = min(at - at % CHUNK + CHUNK, end)
+            zeros = (reader.next_data(at) - at) // CHUNK if stop - at == CHUNK else 0
+            if zeros:
+                log.jobs.append(_Ready(self._segments.zero_piece(zeros, self._owner)))
+                reader.skip(at, at + zeros * CHUNK)
+                at += zeros * CHUNK
+                continue
+            raw = reader.read(at, stop - at)
+            if is_stored is None:
+                is_stored = at == 0 and is_compressed(raw[:_MAGIC])
+            log.jobs.append(self._submit_chunk(raw, number, is_stored))
+            self._bytes += len(raw)
+            log.collect()
+            at = stop
+
+    def _submit_chunk(self, raw: bytes, number: int, is_stored: bool) -> _Job:
+        return self._submit(
+            lambda slot: self._compress(slot, [raw], (number, number), is_stored=is_stored),
+            len(raw),
+            alone=self._marks.suspects(number),
+        )
+
+    def _submit(self, work: Callable[[int], list[Piece]], size: int, *, alone: bool = False) -> Future[list[Piece]]:
+        future = self._workers.submit(work, alone=alone)
+        self._running.append(future)
+        while self._running[0].done() and len(self._running) > 1:
+            self._running.popleft()
+        self._tell(size)
+        return future
+
+    def _compress(
+        self, slot: int, raws: list[bytes], numbers: tuple[int, int], *, is_stored: bool | None = None
+    ) -> list[Piece]:
+        """In a worker: compress each of `raws`, and put them into one segment."""
+        self._marks.begin(slot, *numbers)
+        try:
+            trace.point("seal.reading")
+            runs = []
+            for raw in raws:
+                as_is = is_compressed(raw[:_MAGIC]) if is_stored is None else is_stored
+                runs.append(store_uncompressed(raw) if as_is else deflate(raw))
+            return self._segments.put(runs, self._owner)
+        finally:
+            self._marks.end(slot)
+
+    def _check_canceled(self) -> None:
+        if self._canceled.is_set():
+            raise SealCanceledError("the bundle was deleted while it was sealed")
+
+    def _noter(self, planned: PlannedLog) -> Callable[[str], None]:
+        return lambda reason: self._gap(planned, reason)
+
+    def _gap(self, planned: PlannedLog, reason: str) -> None:
+        self._gaps.add(Gap(printable(planned.path), reason))

@@ -1,0 +1,220 @@
+"""From a record to the logs of its bundle, in the order of the archive, within the limits."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from zonebundle.errors import OutsideRootError
+from zonebundle.host.files import Found, walk_beneath
+from zonebundle.model.paths import printable
+from zonebundle.model.quantities import format_size
+from zonebundle.model.record import Limits, LogFile, SnapshotTree
+from zonebundle.model.report import Gap
+from zonebundle.model.zone import LogTree
+from zonebundle.seal.areas import SNAPSHOT, OpenAreas
+from zonebundle.seal.entry import Record, SpoolEntry, whole
+from zonebundle.seal.report import Gaps
+from zonebundle.snapshots.wanted import Wanted
+
+# So many found files are sorted in memory; more are sorted in runs of this size, in a file without a name.
+_SORTED_AT_ONCE = 20_000
+_UNSAFE = re.compile(rb"(?:^|/)\.{0,2}(?:/|$)|\0")
+# Collected through journalctl only.
+_JOURNALS = (".journal", ".journal~")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLog:
+    """A log on its way into the bundle: its entry's path, and how many bytes are kept of it.
+
+    The number is the same in every attempt to seal the bundle.
+    """
+
+    number: int
+    path: bytes
+    length: int
+    log: LogFile
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`bytes` is what the logs come to, about; they are made as they are asked for, and what is left out is a gap."""
+
+    bytes: int
+    logs: Iterator[PlannedLog]
+
+
+@contextlib.contextmanager
+def plan(entry: SpoolEntry, record: Record, areas: OpenAreas) -> Iterator[Plan]:
+    """The logs of a bundle: those that were staged as the record has them, then each snapshot's, newest first.
+
+    Walks the snapshots. Raises FormatError, SealError, OSError (no space to sort a million names).
+    """
+    with contextlib.ExitStack() as runs:
+        limits = record.header.limits
+        found = [_Walk(tree, areas, limits, _Runs(entry.path, runs), record.gaps) for tree in record.trees]
+        total = record.bytes + sum(walk.bytes for walk in found)
+        yield Plan(total, _number(_all_logs(entry, areas, found), limits, record.gaps))
+
+
+def _all_logs(entry: SpoolEntry, areas: OpenAreas, found: Iterable[_Walk]) -> Iterator[LogFile]:
+    yield from entry.log_files(len(areas))
+    for walk in found:
+        yield from walk.logs()
+
+
+def _number(logs: Iterable[LogFile], limits: Limits, gaps: Gaps) -> Iterator[PlannedLog]:
+    """Give the logs their paths and numbers, and leave out what is beyond the bundle's limits."""
+    files = total = left_out = bytes_left_out = 0
+    for number, log in enumerate(logs):
+        path = _entry_path(log)
+        if path is None:
+            gaps.add(Gap(printable(log.path), "its path leads out of the bundle; it is left out"))
+            continue
+        length = log.size - log.first
+        if files >= limits.files or total + length > limits.bundle:
+            left_out += 1
+            bytes_left_out += length
+            continue
+        files += 1
+        total += length
+        yield PlannedLog(number, path, length, log)
+    if left_out:
+        gaps.add(
+            Gap(
+                f"{left_out} logs, {format_size(bytes_left_out)}",
+                f"beyond the limits of a bundle ({limits.files} files, {format_size(limits.bundle)}); "
+                "the newest logs are kept",
+            )
+        )
+
+
+def _entry_path(log: LogFile) -> bytes | None:
+    path = b"logs/%s/%s" % (log.source.encode("utf-8", "surrogateescape"), log.path)
+    # The names are a stranger's: nothing may be unpacked outside the directory that it is unpacked in.
+    if _UNSAFE.search(path):
+        return None
+    return path + b".from-%d" % log.first if log.first else path
+
+
+class _Runs:
+    """Found files, to be given back sorted: a million of them would not fit into the sealer's memory."""
+
+    def __init__(self, directory: Path, stack: contextlib.ExitStack) -> None:
+        self._directory = directory
+        self._stack = stack
+        self._files: list[IO[bytes]] = []
+        self._names: list[_Name] = []
+
+    def add(self, name: _Name) -> None:
+        self._names.append(name)
+        if len(self._names) >= _SORTED_AT_ONCE:
+            self._names.sort()
+            # Without a name where the file system can do that: gone with the process, however that ends.
+            file = self._stack.enter_context(tempfile.TemporaryFile(dir=self._directory))  # noqa: SIM115
+            self._files.append(file)
+            file.writelines(json.dumps(name).encode("ascii") + b"\n" for name in self._names)
+            self._names.clear()
+
+    def sorted(self) -> Iterator[_Name]:
+        self._names.sort()
+        return heapq.merge(self._names, *(_read_run(file) for file in self._files))
+
+
+class _Walk:
+    """The files of one log tree in a snapshot, newest first. `bytes` is what they come to."""
+
+    def __init__(self, tree: SnapshotTree, areas: OpenAreas, limits: Limits, runs: _Runs, gaps: Gaps) -> None:
+        self._tree = tree
+        self._limit = limits.file
+        self._gaps = gaps
+        self._runs = runs
+        self._wanted = Wanted(LogTree(tree.source, tree.host_root, tree.patterns, tree.prefix))
+        self._linked: set[int] = set()
+        self.bytes = 0
+        try:
+            root = areas.open_tree(tree.area, tree.path)
+        except (OSError, OutsideRootError) as error:
+            self._gap("", f"its directory in the snapshot cannot be opened: {error}")
+            return
+        try:
+            for top in self._wanted.tops:
+                with contextlib.suppress(FileNotFoundError):
+                    self._walk(root, top)
+        finally:
+            os.close(root)
+
+    def _walk(self, root: int, top: str) -> None:
+        for item in walk_beneath(root, top):
+            if isinstance(item, Found):
+                if self._wanted.matches(item.path) and self._is_taken(root, item):
+                    self._runs.add(_name(item))
+                    self.bytes += min(item.status.st_size, self._limit)
+            elif item.lost:
+                self._gap(item.path, item.reason)
+
+    def _gap(self, path: str, reason: str) -> None:
+        what = "/".join(part for part in ("logs", self._tree.source, self._tree.prefix, path) if part)
+        self._gaps.add(Gap(printable(what), reason))
+
+    def _is_taken(self, root: int, found: Found) -> bool:
+        if found.path.endswith(_JOURNALS):
+            return False
+        status = found.status
+        if status.st_nlink == 1:
+            return True
+        if status.st_ino in self._linked:
+            return False
+        self._linked.add(status.st_ino)
+        # As in staging: who may write in a directory could have linked a file there that is not theirs to read.
+        if os.stat(os.path.dirname(found.path) or ".", dir_fd=root, follow_symlinks=False).st_uid != status.st_uid:
+            self._gap(found.path, "has several links and another owner than its directory; it may be another's file")
+            return False
+        return True
+
+    def _prefixed(self, path: str) -> str:
+        return f"{self._tree.prefix}/{path}" if self._tree.prefix else path
+
+    def logs(self) -> Iterator[LogFile]:
+        """The log files, once."""
+        return map(self._log, self._runs.sorted())
+
+    def _log(self, name: _Name) -> LogFile:
+        newness, path, size, mode, inode = name
+        in_area = "/".join(part for part in (SNAPSHOT, self._tree.path, path) if part)
+        return LogFile(
+            source=self._tree.source,
+            path=os.fsencode(self._prefixed(path)),
+            host_root=self._tree.host_root,
+            host_path=os.fsencode(path),
+            size=size,
+            mode=mode,
+            mtime_ns=-newness,
+            inode=inode,
+            parts=whole(size, max(0, size - self._limit), self._tree.area, in_area),
+        )
+
+
+# -mtime (ns), so that the newest comes first; path; size; mode; inode.
+_Name = tuple[int, str, int, int, int]
+
+
+def _name(found: Found) -> _Name:
+    status = found.status
+    return (-status.st_mtime_ns, found.path, status.st_size, status.st_mode & 0o7777, status.st_ino)
+
+
+def _read_run(file: IO[bytes]) -> Iterator[_Name]:
+    file.seek(0)
+    for line in file:
+        newness, path, size, mode, inode = json.loads(line)
+        yield newness, path, size, mode, inode

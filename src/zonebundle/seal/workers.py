@@ -1,0 +1,148 @@
+"""The sealer's worker threads, shared by all bundles: few chunks in memory, and every bundle gets its turn."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# One chunk being worked on and one waiting, for each worker: enough to keep it busy.
+_IN_FLIGHT = 2
+_PATIENCE = 5.0
+
+
+class Workers:
+    """Threads that compress, hash and write; all of that releases the interpreter's lock.
+
+    At most two jobs a worker are in flight in the whole process. Who hands in a job waits for its turn, and turns are
+    taken in order: as a bundle asks for one turn at a time, small bundles are not stuck behind big ones.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._slots = itertools.count()
+        self._local = threading.local()
+        self._turns = _Turns(_IN_FLIGHT * count)
+        self._gate = _Gate()
+        self._small = threading.Lock()
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="seal-worker", initializer=self._begin_thread)
+
+    def _begin_thread(self) -> None:
+        self._local.slot = next(self._slots)
+
+    @property
+    def waiting(self) -> int:
+        """How many threads wait for their turn."""
+        return self._turns.waiting
+
+    def submit(self, work: Callable[[int], T], *, alone: bool = False) -> Future[T]:
+        """Run `work` with its worker's number, after waiting for a turn. `alone`: while no other job runs."""
+        self._turns.take()
+        try:
+            future = self._threads.submit(self._run, work, alone)
+        except BaseException:
+            self._turns.give_back()
+            raise
+        future.add_done_callback(lambda _: self._turns.give_back())
+        return future
+
+    def _run(self, work: Callable[[int], T], alone: bool) -> T:
+        slot: int = self._local.slot
+        with self._gate.alone() if alone else self._gate.beside_others():
+            return work(slot)
+
+    @contextlib.contextmanager
+    def by_itself(self) -> Iterator[None]:
+        """For many small steps that hardly ever release the interpreter's lock: the caller's thread does them.
+
+        One thread at a time, as several would only take that lock from each other at every step: two workers beside
+        the reader halve the files a second. It is not worth waiting long for, where one hangs in a file system.
+        """
+        is_alone = self._small.acquire(timeout=_PATIENCE)
+        try:
+            yield
+        finally:
+            if is_alone:
+                self._small.release()
+
+    def run_here(self, work: Callable[[int], T]) -> T:
+        """Run `work` in the caller's thread, which then counts as a job; its number is no worker's."""
+        with self._gate.beside_others():
+            return work(self.count)
+
+    def close(self) -> None:
+        """Wait for what runs, and end the threads."""
+        self._threads.shutdown(wait=True)
+
+
+class _Turns:
+    """A semaphore that is handed on in the order of asking: threading.Semaphore lets a fast thread barge in."""
+
+    def __init__(self, count: int) -> None:
+        self._lock = threading.Lock()
+        self._free = count
+        self._waiting: deque[threading.Lock] = deque()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def take(self) -> None:
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        turn.acquire()
+
+    def give_back(self) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._free += 1
+
+
+class _Gate:
+    """Lets many jobs run beside each other, or one alone; one that wants to be alone is not overtaken."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._wanting = 0
+        self._is_alone = False
+
+    @contextlib.contextmanager
+    def beside_others(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._is_alone or self._wanting))
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                if self._wanting:
+                    self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._wanting += 1
+            self._changed.wait_for(lambda: not (self._is_alone or self._running))
+            self._wanting -= 1
+            self._is_alone = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_alone = False
+                self._changed.notify_all()

@@ -1,0 +1,325 @@
+"""The segments of one store directory: `segments/ab/<digest>.gz`, written once and never changed.
+
+A segment is written under a name in `segments/tmp`, made durable, and renamed: whoever finds one by its digest, in this
+or another process, finds all of it, now and after a power cut. `flush` does that for everything that was put before,
+and callers that come at the same time share one run of it, as databases do with group commits.
+
+A bundle that is being written holds a lease on its segments, taken in `put` before the segment is looked for, so that a
+removal running at the same time can neither miss it nor win the race. Leases live in this process: it alone removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from zonebundle.errors import DamagedError, StoreError
+from zonebundle.host import syscalls, trace
+from zonebundle.host.files import make_private_directory, sync_directory, write_all
+from zonebundle.model.manifest import Piece
+from zonebundle.store.failure import explain, store_errors
+from zonebundle.store.pieces import CHUNK, Run, deflate
+from zonebundle.store.segment import build_segment
+
+_TEMPORARY = "tmp"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+# Up to this many files are made durable one by one. syncfs costs 26 ms for 500 segments where that costs 130 (ext4; on
+# btrfs 33 and 435), but it also writes out whatever else is dirty on the file system, however much that is.
+_SYNCED_ONE_BY_ONE = 64
+# Bytes after which the writing thread flushes by itself: a disk slower than the cores slows them down instead of
+# filling the memory with unwritten pages. (sync_file_range for each file costs more CPU than it wins time.)
+_UNWRITTEN = 64 << 20
+
+
+class Segments:
+    """Read access to the segments below `directory`; nothing needs to exist yet."""
+
+    def __init__(self, directory: Path) -> None:
+        self._root = str(directory)
+
+    def path(self, digest: str) -> str:
+        """Where the segment is, or would be."""
+        if not _DIGEST.fullmatch(digest):
+            raise DamagedError(
+                f"{digest[:80]!r} in a manifest is not a segment's digest; restore the bundle from a copy"
+            )
+        return f"{self._root}/{digest[:2]}/{digest}.gz"
+
+    def exists(self, digest: str) -> bool:
+        """Whether the segment is there; the bytes of one that is there are durable."""
+        return os.path.exists(self.path(digest))
+
+    def open(self, digest: str) -> int:
+        """A descriptor for reading, which the caller closes. Raises DamagedError if the segment is missing."""
+        path = self.path(digest)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise DamagedError(f"segment {path} is missing; restore it from a copy of the store") from None
+        except OSError as error:
+            raise explain(f"opening segment {path}", error) from error
+
+    def digests(self) -> Iterator[str]:
+        """The digest of every segment that is there."""
+        for first in os.listdir(self._root):
+            if first == _TEMPORARY:
+                continue
+            for name in os.listdir(f"{self._root}/{first}"):
+                digest = name.removesuffix(".gz")
+                if _DIGEST.fullmatch(digest):
+                    yield digest
+
+
+class SegmentStore(Segments):
+    """The one writer of a store directory's segments; its methods may be called from any thread."""
+
+    def __init__(self, directory: Path) -> None:
+        """Make the directories, and remove what an earlier writer left half done. Raises StoreError."""
+        super().__init__(directory)
+        with store_errors(f"preparing {directory}"):
+            make_private_directory(directory)
+            make_private_directory(directory / _TEMPORARY)
+            for name in os.listdir(directory / _TEMPORARY):
+                os.unlink(directory / _TEMPORARY / name)
+            # It stays open: syncfs reports write errors that happened since this descriptor was opened.
+            self._descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._numbers = itertools.count()
+        self._condition = threading.Condition()
+        # Digest → temporary file: what the next flush commits, and what one is committing now.
+        self._pending: dict[str, str] = {}
+        self._committing: dict[str, str] | None = None
+        self._pending_bytes = 0
+        self._unsynced: set[str] = set()
+        # Work is numbered: a flush waits until what was numbered before it is durable.
+        self._sequence = 0
+        self._durable = 0
+        self._failures = 0
+        self._failure = StoreError()
+        self._leases: dict[str, set[str]] = {}
+        self._removal = threading.Lock()
+        self._condemned: set[str] = set()
+        self._zero_run: Run | None = None
+
+    def close(self) -> None:
+        """Give the descriptor back. What was not flushed is removed by the next writer."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def put(self, runs: Sequence[Run], owner: str) -> list[Piece]:
+        """Write the segment of `runs` under a lease of `owner` and return one piece a run, in their order.
+
+        A segment that is known is not written again. It is durable after the next `flush`. Raises StoreError.
+        """
+        digest, data, pieces = build_segment(runs)
+        with self._condition:
+            self._leases.setdefault(owner, set()).add(digest)
+            self._condemned.discard(digest)
+            if self._is_put(digest):
+                return pieces
+        try:
+            if not self._is_whole(digest, len(data)):
+                self._write(digest, data)
+        except OSError as error:
+            raise explain(f"writing a segment of {len(data)} bytes below {self._root}", error) from error
+        if self._pending_bytes >= _UNWRITTEN:
+            self.flush()
+        return pieces
+
+    def zero_piece(self, times: int, owner: str) -> Piece:
+        """The one piece of CHUNK zero bytes that all holes share, `times` times, leased to `owner`."""
+        if self._zero_run is None:
+            self._zero_run = deflate(bytes(CHUNK))
+        (piece,) = self.put([self._zero_run], owner)
+        return Piece(piece.segment, piece.offset, piece.packed, piece.raw, piece.crc32, piece.blake3, times)
+
+    def flush(self) -> None:
+        """Return when all that was put before the call is durable and has its final name. Raises StoreError.
+
+        After an error the segments concerned are gone, for every bundle that had put them: see `missing`.
+        """
+        with self._condition:
+            wanted = self._sequence
+            failures = self._failures
+            while self._durable < wanted:
+                if self._committing is None:
+                    self._lead()
+                else:
+                    self._condition.wait()
+                if self._failures > failures:
+                    raise StoreError(str(self._failure)) from self._failure.__cause__
+
+    def lease(self, owner: str, digests: Iterable[str] = ()) -> None:
+        """Protect these segments, and what `owner` puts later, from removal until `release`.
+
+        Raises DamagedError if one is neither there nor put; the lease then stays with the others.
+        """
+        for digest in digests:
+            with self._condition:
+                self._leases.setdefault(owner, set()).add(digest)
+                self._condemned.discard(digest)
+                known = self._is_put(digest)
+            if not known and not self.exists(digest):
+                raise DamagedError(f"segment {self.path(digest)} is missing; restore it from a copy of the store")
+
+    def holds(self, owner: str, digest: str) -> bool:
+        """Whether `owner` has a lease on the segment."""
+        return digest in self._leases.get(owner, ())
+
+    def release(self, owner: str) -> set[str]:
+        """End the lease of `owner`, and return the digests that it was on."""
+        with self._condition:
+            return self._leases.pop(owner, set())
+
+    def missing(self, owner: str) -> list[str]:
+        """The segments under the lease of `owner` that are not at their final name: none after a good `flush`."""
+        with self._condition:
+            digests = list(self._leases.get(owner, ()))
+        return [digest for digest in digests if not self.exists(digest)]
+
+    def remove_unreferenced(
+        self, candidates: Iterable[str], referenced: Callable[[frozenset[str]], Iterable[str]]
+    ) -> int:
+        """Remove those of `candidates` that have no lease and that no bundle refers to; returns the bytes freed.
+
+        `referenced` returns which of the digests given are in use by bundles on disk; what is put or leased while it
+        looks is kept too. Raises StoreError; what was removed till then stays removed.
+        """
+        with self._removal:
+            with self._condition:
+                leased = set[str]().union(*self._leases.values())
+                self._condemned = {digest for digest in candidates if digest not in leased}
+            try:
+                unused = self._condemned.copy()
+                if not unused:
+                    return 0
+                unused -= set(referenced(frozenset(unused)))
+                return self._unlink(unused)
+            finally:
+                self._condemned = set()
+
+    def _unlink(self, digests: Iterable[str]) -> int:
+        freed = 0
+        directories = set()
+        with store_errors(f"removing segments below {self._root}"):
+            for digest in digests:
+                path = self.path(digest)
+                with self._condition:
+                    # A lease that came meanwhile has taken it off this list, even if it has ended again.
+                    if digest not in self._condemned:
+                        continue
+                    try:
+                        size = os.stat(path).st_size
+                        os.unlink(path)
+                    except FileNotFoundError:
+                        continue
+                freed += size
+                directories.add(os.path.dirname(path))
+            self._sync_directories(directories)
+        return freed
+
+    def _is_whole(self, digest: str, length: int) -> bool:
+        try:
+            return os.stat(self.path(digest)).st_size == length
+        except FileNotFoundError:
+            return False
+
+    def _write(self, digest: str, data: bytes) -> None:
+        temporary = f"{self._root}/{_TEMPORARY}/{next(self._numbers)}"
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                write_all(descriptor, data)
+            finally:
+                os.close(descriptor)
+            trace.point("seal.segment-written")
+        except BaseException:
+            _forget(temporary)
+            raise
+        with self._condition:
+            # Two threads may have had the same content; one copy is enough.
+            if self._pending.setdefault(digest, temporary) == temporary:
+                self._sequence += 1
+                self._pending_bytes += len(data)
+                return
+        os.unlink(temporary)
+
+    def _is_put(self, digest: str) -> bool:
+        return digest in self._pending or (self._committing is not None and digest in self._committing)
+
+    def _lead(self) -> None:
+        """Commit what is pending, for all who wait. Called with the condition held, which it gives up meanwhile."""
+        batch, self._pending = self._pending, {}
+        self._pending_bytes = 0
+        self._committing = batch
+        upto = self._sequence
+        self._condition.release()
+        failure: BaseException | None = None
+        try:
+            self._commit(batch)
+        except BaseException as error:
+            # Never tried again: after a failed write-out the kernel takes the lost pages for clean.
+            failure = error
+            for temporary in batch.values():
+                _forget(temporary)
+            if not isinstance(error, OSError):
+                raise
+        finally:
+            self._condition.acquire()
+            self._committing = None
+            self._durable = upto
+            if failure:
+                doing = f"making {len(batch)} segments durable below {self._root}"
+                self._failures += 1
+                self._failure = (
+                    explain(doing, failure) if isinstance(failure, OSError) else StoreError(f"{doing} was interrupted")
+                )
+                self._failure.__cause__ = failure
+                # Names that are not durable yet are work for the next flush, whoever relies on them.
+                self._sequence += bool(self._unsynced)
+            self._condition.notify_all()
+
+    def _commit(self, batch: dict[str, str]) -> None:
+        if len(batch) > _SYNCED_ONE_BY_ONE:
+            syscalls.syncfs(self._descriptor)
+        else:
+            for temporary in batch.values():
+                _sync_data(temporary)
+        for digest, temporary in batch.items():
+            path = self.path(digest)
+            directory = os.path.dirname(path)
+            try:
+                os.rename(temporary, path)
+            except FileNotFoundError:
+                make_private_directory(Path(directory))
+                self._unsynced.add(self._root)
+                os.rename(temporary, path)
+            self._unsynced.add(directory)
+        self._sync_directories(self._unsynced)
+        self._unsynced.clear()
+
+    def _sync_directories(self, directories: set[str]) -> None:
+        if len(directories) > _SYNCED_ONE_BY_ONE:
+            syscalls.syncfs(self._descriptor)
+        else:
+            for directory in directories:
+                sync_directory(directory)
+
+
+def _sync_data(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _forget(temporary: str) -> None:
+    # What cannot be unlinked now is removed by the next writer; the error that led here is the one to tell.
+    with contextlib.suppress(OSError):
+        os.unlink(temporary)

@@ -1,0 +1,207 @@
+"""The one writer of a store directory: makes it, recovers it, removes bundles from it.
+
+Removal is in an order that is safe at every crash point: the manifest is renamed to `manifest.deleted`, from where on
+there is no bundle; then the frame goes, then the segments that nothing else uses, and last the renamed manifest, which
+until then tells a recovery which segments to look at. (Part 2 puts a tombstone before and two phases in the segments.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from zonebundle.errors import ConflictError, NoSuchBundleError, StoreError
+from zonebundle.host import syscalls, trace
+from zonebundle.host.files import make_private_directory, remove_tree, sync_directory, write_durably
+from zonebundle.store.bundle import DELETED, MANIFEST, segments_in
+from zonebundle.store.failure import store_errors
+from zonebundle.store.objects import SegmentStore
+from zonebundle.store.reader import BUNDLES, FORMAT, SEGMENTS, STORE_FORMAT, StoreReader, read_format
+
+# What a directory that is to become a store may hold: mkfs makes the first, a crash of `open` leaves the second.
+_NOTHING = ("lost+found", f".{FORMAT}.")
+
+
+class Store(StoreReader):
+    """A store directory, opened for writing by one process at a time. Its methods may be called from any thread."""
+
+    segments: SegmentStore
+
+    def __init__(self, directory: Path, segments: SegmentStore, lock: int) -> None:
+        super().__init__(directory, segments)
+        self.segments = segments
+        self._lock = lock
+        # Bundles of one zone share a directory, which a deletion removes when it is empty.
+        self._directories = threading.Lock()
+        self._deleting = threading.Lock()
+
+    @classmethod
+    def open(cls, directory: Path) -> Store:
+        """Create the store or take it over, and remove what a crash left half done.
+
+        Raises FormatError if it is a newer one, StoreError if it cannot be written, is somebody else's directory, or
+        has another writer already.
+        """
+        with contextlib.ExitStack() as stack:
+            with store_errors(f"opening store {directory}"):
+                if read_format(directory) is None:
+                    _make(directory)
+                lock = os.open(directory / FORMAT, os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, lock)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise StoreError(f"store {directory} has a writer already; stop the other sealer") from None
+            segments = SegmentStore(directory / SEGMENTS)
+            stack.callback(segments.close)
+            store = cls(directory, segments, lock)
+            store.recover()
+            # What an earlier writer renamed and did not get to make durable is relied on from here.
+            with store_errors(f"writing out store {directory}"):
+                syscalls.syncfs(lock)
+            stack.pop_all()
+        return store
+
+    def close(self) -> None:
+        """Give the directory back to other writers."""
+        self.segments.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def recover(self) -> int:
+        """Remove drafts that were not committed and finish deletions; returns how many there were.
+
+        Only with no draft of this process open. Segments of drafts stay, for the next try to seal the bundle; `sweep`
+        removes them when there is nothing left to seal.
+        """
+        found = 0
+        for directory in list(self.directories()):
+            if (directory / DELETED).exists():
+                self._finish_deletion(directory)
+            elif not (directory / MANIFEST).exists():
+                self.remove_draft(directory)
+            else:
+                continue
+            found += 1
+        for zone in self.zones():
+            self._remove_if_empty(zone)
+        return found
+
+    def delete(self, zone: str, bundle_id: str) -> int:
+        """Remove a committed bundle, and finish a removal that failed before; returns the bytes freed.
+
+        Raises NoSuchBundleError (also for a bundle that is not committed yet), StoreError. A download of it that has
+        begun ends with an error, unless its segments are leased.
+        """
+        directory = self.bundle_directory(zone, bundle_id)
+        with self._deleting:
+            with store_errors(f"deleting {directory}"):
+                try:
+                    with self._directories:
+                        os.rename(directory / MANIFEST, directory / DELETED)
+                except (FileNotFoundError, NotADirectoryError):
+                    if not (directory / DELETED).exists():
+                        raise NoSuchBundleError(zone, bundle_id) from None
+                sync_directory(directory)
+            trace.point("delete.uncommitted")
+            return self._finish_deletion(directory)
+
+    def sweep(self) -> int:
+        """Remove every segment that no bundle uses and that has no lease; returns the bytes freed.
+
+        What a crash leaves without a reference goes this way. Run it with nothing left to seal: a segment that was
+        put and not flushed is not looked at, one of a bundle to be sealed again would have to be made again.
+        """
+        with store_errors(f"listing the segments of {self.directory}"):
+            candidates = list(self.segments.digests())
+        return self.remove_unreferenced(candidates)
+
+    def remove_unreferenced(self, candidates: list[str] | set[str]) -> int:
+        """Remove those of the segments that no bundle uses and that have no lease; returns the bytes freed."""
+        return self.segments.remove_unreferenced(candidates, self._referenced)
+
+    def make_draft(self, zone: str, bundle_id: str) -> Path:
+        """A fresh directory for a bundle. Raises ConflictError if the bundle is there already, StoreError."""
+        directory = self.bundle_directory(zone, bundle_id)
+        with store_errors(f"making {directory}"), self._directories:
+            if (directory / MANIFEST).exists() or (directory / DELETED).exists():
+                raise ConflictError(f"bundle {bundle_id} of '{zone}' is in store {self.directory} already")
+            remove_tree(directory)
+            make_private_directory(directory.parent)
+            make_private_directory(directory)
+        return directory
+
+    def publish(self, directory: Path, draft: str) -> None:
+        """Commit a bundle: the file `draft` in its directory, durable as all the rest, becomes the manifest."""
+        # A deletion that saw the manifest waits until it is durable, and does not take the directory away meanwhile.
+        with store_errors(f"committing {directory}"), self._directories:
+            os.rename(directory / draft, directory / MANIFEST)
+            sync_directory(directory)
+
+    def remove_draft(self, directory: Path) -> None:
+        """Remove the directory of a bundle that was not committed."""
+        with store_errors(f"removing {directory}"):
+            remove_tree(directory)
+            self._remove_if_empty(directory.parent)
+
+    def _finish_deletion(self, directory: Path) -> int:
+        freed = 0
+        with store_errors(f"deleting {directory}"):
+            for file in _files(directory):
+                if file.name != DELETED:
+                    freed += os.stat(file.path).st_size
+                    os.unlink(file.path)
+            trace.point("delete.frame-removed")
+            freed += self.remove_unreferenced(set(segments_in(directory / DELETED)))
+            trace.point("delete.segments-removed")
+            freed += (directory / DELETED).stat().st_size
+            # Not synced: what a power cut brings back of it is removed by `recover`.
+            remove_tree(directory)
+            self._remove_if_empty(directory.parent)
+        return freed
+
+    def _remove_if_empty(self, zone: Path) -> None:
+        with self._directories, contextlib.suppress(OSError):
+            zone.rmdir()
+
+    def _referenced(self, digests: frozenset[str]) -> set[str]:
+        used: set[str] = set()
+        for directory in self.directories():
+            with store_errors(f"reading {directory / MANIFEST}"):
+                try:
+                    used.update(digest for digest in segments_in(directory / MANIFEST) if digest in digests)
+                except FileNotFoundError:
+                    # Drafts protect their segments by leases.
+                    continue
+        return used
+
+
+def _make(directory: Path) -> None:
+    make_private_directory(directory)
+    foreign = [name for name in os.listdir(directory) if not name.startswith(_NOTHING)]
+    if foreign:
+        raise StoreError(f"{directory} is neither empty nor a store; name another directory in [store] dirs")
+    # First of all: everything else in the directory is ours because of it.
+    write_durably(directory / FORMAT, f"zonebundle store {STORE_FORMAT}\n".encode("ascii"))
+    make_private_directory(directory / BUNDLES)
+    sync_directory(directory.parent)
+
+
+def _files(directory: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(directory) as files:
+        yield from files

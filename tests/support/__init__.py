@@ -1,0 +1,1 @@
+"""What many tests need: waiting for a condition, leak detection, real filesystems, real containers."""
