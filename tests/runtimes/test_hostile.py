@@ -1,6 +1,7 @@
 """Zones that do not want to be found, to end, or to be supervised."""
 
 import asyncio
+import errno
 import os
 import signal
 import sys
@@ -218,6 +219,24 @@ async def test_when_the_last_of_an_orphaned_zone_has_ended_it_is_stopped_and_can
     assert (await processes.find(zone.name)).state == "stopped"
     assert not (processes.directory(zone.name) / "run.json").exists()
     assert (await processes.runtime.start(zone.name)).state == "running"
+
+
+async def test_a_run_file_that_cannot_be_removed_does_not_make_a_zone_run(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zone, members = await running(processes, processes.add("sleeper", "sleep", "1000"), 1)
+    everybody = [supervisor_of(processes, zone.name), *members]
+    for process in everybody:
+        proc.send_signal(process, signal.SIGKILL)
+    await until_async(lambda: living(everybody) == [])
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        assert (await processes.find(zone.name)).state == "stopped"
+        await processes.runtime.stop(zone, Grace(0))
 
 
 async def test_what_cannot_be_killed_is_named(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,9 +59,6 @@ class SpoolDir:
         """What is in the spool and in the staging directory: nothing, when everything is sealed."""
         return sorted(str(path.relative_to(self.base)) for top in (self.spool, self.staging) for path in top.iterdir())
 
-    def unpack(self, draft: "Draft") -> dict[bytes, tarfile.TarInfo]:
-        return {name: info for name, (info, _) in self.entries(draft).items()}
-
     def entries(self, draft: "Draft") -> dict[bytes, tuple[tarfile.TarInfo, bytes]]:
         """The entries of a sealed bundle, read with Python's tarfile from the spliced tar.gz."""
         bundle = StoreReader.open(self.store).find(draft.zone, draft.bundle_id)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import structlog
 
 from zonebundle.capture.order import FinishOrder, HoldOrder, HoldSettings, SharedSnapshot
+from zonebundle.capture.probe_stacks import stack_tool
 from zonebundle.capture.spool import Spool
 from zonebundle.capture.workers import HoldWorker, HoldWorkers, WorkerDiedError
 from zonebundle.errors import HostError, ZoneBundleError
@@ -24,8 +25,9 @@ from zonebundle.snapshots.group import SnapshotGroup
 
 _log = structlog.get_logger()
 
-# Beyond the budget, for a worker's own bookkeeping; one that is later hangs where it should not.
-_MARGIN = 2.0
+# Beyond the budget, which the worker keeps by itself: one that is so much later hangs where it should not, or the host
+# is so busy that killing it would only lose evidence.
+_MARGIN = 10.0
 # The record is written to a disk that may be busy; there is nothing better to do than to wait for it.
 _RECORD_PATIENCE = 60.0
 
@@ -94,7 +96,7 @@ class Capturer:
         """
         began = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
-            worker = await stack.enter_async_context(self._workers.take())
+            worker = await stack.enter_async_context(self._workers.take(exclusive=_runs_commands(settings)))
             order = HoldOrder(str(self._spool.entry(intent.metadata.bundle_id)), intent, began, settings, probe)
             conduct = _Conduct(order, stack, worker, list(gaps))
             durable = asyncio.ensure_future(self._write_intent(intent, conduct))
@@ -145,7 +147,7 @@ class Capturer:
         _log.warning("hold worker replaced", zone=order.intent.zone.name, reason=reason)
         conduct.gaps.append(Gap("probes", reason))
         self._spool.end_commands(order.intent.metadata.bundle_id)
-        conduct.worker = await conduct.stack.enter_async_context(self._workers.take())
+        conduct.worker = await conduct.stack.enter_async_context(self._workers.take(exclusive=True))
         again = HoldOrder(order.entry, order.intent, order.began, order.settings, probe=False)
         try:
             conduct.begun = await conduct.worker.call({"do": "begin", "order": again.to_json()}, _MARGIN)
@@ -187,7 +189,7 @@ class Capturer:
     ) -> tuple[bool, int]:
         """Stage, and make the record durable: (recorded, gaps)."""
         for attempt in range(2):
-            if conduct.worker.spent:
+            if conduct.worker.is_lost:
                 await self._replace_worker(conduct, "the worker that held the zone hung")
             finish = FinishOrder(
                 graceful=graceful,
@@ -215,3 +217,7 @@ class Capturer:
             area = Area("staged", str(Path(parent, intent.snapshot)), intent.metadata.bundle_id)
             with contextlib.suppress(ZoneBundleError, OSError):
                 destroy_area(area, conduct.order.settings.installation)
+
+
+def _runs_commands(settings: HoldSettings) -> bool:
+    return bool(settings.commands) or (settings.stacks == "user" and stack_tool() is not None)

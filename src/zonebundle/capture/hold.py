@@ -11,7 +11,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +35,6 @@ from zonebundle.snapshots.staged import stage
 
 T = TypeVar("T")
 
-_THREADS = 6
 # Of the budget, this share is for probes and commands at most; the snapshot, tried last and always, has the rest.
 LOOK_SHARE = 0.75
 _OPEN_SHARE = 0.25
@@ -44,30 +43,35 @@ _OPEN_SHARE = 0.25
 class Hold:
     """The state of one hold between the agent's messages."""
 
-    def __init__(self, order: HoldOrder) -> None:
+    def __init__(self, order: HoldOrder, threads: Executor) -> None:
         self._order = order
         self._settings = order.settings
         self._entry = Path(order.entry)
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="hold")
+        self._threads = threads
         self._evidence = Evidence(order.began)
         self._logs = OpenLogs([], [])
         self._choices: list[tuple[OpenTree, Choice]] = []
         self._unfinished: set[asyncio.Future[Any]] = set()
+        self._go = asyncio.Event()
+
+    def go(self) -> None:
+        """The intent is durable: commands may run."""
+        self._go.set()
 
     @property
     def is_stuck(self) -> bool:
         """Whether a thread of this hold still hangs."""
         return any(not future.done() for future in self._unfinished)
 
-    async def begin(self, go: asyncio.Event) -> dict[str, Any]:
-        """Open the logs, and look at the zone: probes at once, commands when `go` says that the intent is durable."""
+    async def begin(self) -> dict[str, Any]:
+        """Open the logs, and look at the zone: probes at once, commands when the intent is durable."""
         began = self._order.began
         # Counted from now as well: a worker that takes another's place begins late, and what is not opened is lost.
         patience = time.monotonic() + self._settings.budget * _OPEN_SHARE
         logs = asyncio.ensure_future(self._open_logs(max(patience, began + self._settings.budget * LOOK_SHARE)))
         if self._order.probe:
             look = Look(self._order, self._evidence, self._in_thread, self._note_command)
-            await look.run(go, began + self._settings.budget * LOOK_SHARE)
+            await look.run(self._go, began + self._settings.budget * LOOK_SHARE)
             if look.ran_commands:
                 await self._bounded("stray processes", kill_strays, time.monotonic() + 1.0)
         await logs
@@ -107,17 +111,16 @@ class Hold:
             self._evidence.write(writer)
             if finish.followers:
                 writer.add("followers", list(finish.followers))
-            writer.commit(
-                RecordHeader(
-                    metadata=self._order.intent.metadata,
-                    operation=self._order.intent.operation,
-                    hold_seconds=hold_seconds,
-                    graceful_seconds=finish.graceful,
-                    outputs=writer.output_bytes,
-                    limits=self._settings.limits,
-                    remove=finish.remove,
-                )
+            header = RecordHeader(
+                metadata=self._order.intent.metadata,
+                operation=self._order.intent.operation,
+                hold_seconds=hold_seconds,
+                graceful_seconds=finish.graceful,
+                outputs=writer.output_bytes,
+                limits=self._settings.limits,
+                remove=finish.remove,
             )
+            await asyncio.get_running_loop().run_in_executor(self._threads, writer.commit, header)
             trace.point("capture.record-durable")
         finally:
             writer.close()
@@ -127,7 +130,6 @@ class Hold:
         """Let go of the zone's directories, unless a stuck thread still uses them."""
         if not self.is_stuck:
             self._logs.close()
-        self._threads.shutdown(wait=False)
 
     async def _open_logs(self, deadline: float) -> None:
         rules = StagingRules(self._settings.staging, self._settings.state_dir, self._settings.zone_roots)

@@ -1,7 +1,8 @@
-"""A hold worker: does everything of a hold that can hang or burn CPU. It serves one zone at a time.
+"""A hold worker: does everything of a hold that can hang or burn CPU. It serves any number of zones at once.
 
-Messages: begin → open the logs, look at the processes, run the commands (these after the notice `go`: the intent is
-durable); snapshot → take a snapshot that others may share; finish → stage what is not in one, write the record.
+Messages, each with the number of its hold: begin → open the logs, look at the processes, run the commands (these after
+the notice `go`: the intent is durable); snapshot → take a snapshot that others may share; finish → stage what is not in
+one, write the record; drop (a notice) → forget the hold.
 """
 
 from __future__ import annotations
@@ -12,78 +13,80 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from zonebundle.capture.hold import Hold
 from zonebundle.capture.order import FinishOrder, HoldOrder
-from zonebundle.errors import ZoneBundleError
+from zonebundle.errors import HostError, ZoneBundleError
 from zonebundle.host import syscalls
 from zonebundle.host.channel import Channel, ChannelClosed, send_message
 
+_THREADS = 64
+
 
 def serve(sock: socket.socket) -> None:
-    """Serve holds until the agent closes its end or a thread of ours is stuck. Ends the process."""
+    """Serve holds until the agent closes its end. Ends the process."""
     # Orphans of commands come to us and can be found and killed, wherever they tried to hide.
     syscalls.become_subreaper()
     pidfd = os.pidfd_open(os.getpid())
     send_message(sock, {"pid": os.getpid()}, (pidfd,))
     os.close(pidfd)
-    asyncio.run(_serve(Channel(sock)))
-    # Not a return: a thread that hangs in the kernel must not be joined.
+    with contextlib.suppress(ChannelClosed):
+        asyncio.run(_Worker(Channel(sock)).serve())
+    # Not a return: a thread that hangs in the kernel must not be joined. Commands that still run are noted in the
+    # spool and ended by the agent, or by the next one.
     os._exit(0)
 
 
-async def _serve(channel: Channel) -> None:
-    messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    go = asyncio.Event()
-    receiver = asyncio.ensure_future(_receive(channel, messages, go))
-    hold: Hold | None = None
-    with contextlib.suppress(ChannelClosed):
-        while hold is None or not hold.is_stuck:
-            message = await messages.get()
+class _Worker:
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        # Shared by the holds: starting threads for each would cost more than what they do. A stuck one is lost to it,
+        # and ends this worker's career.
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="hold")
+        self._holds: dict[int, Hold] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        while True:
+            message, _ = await self._channel.receive()
+            number = message["hold"]
             match message["do"]:
-                case "begin":
-                    hold = Hold(HoldOrder.from_json(message["order"]))
-                    reply = await _answer(hold.begin(go))
-                case "snapshot" if hold:
-                    reply = await _answer(hold.take_snapshot(message["group"]))
-                case "finish" if hold:
-                    reply = await _answer(hold.finish(FinishOrder.from_json(message["order"])))
-                    if "error" not in reply:
-                        # After an error the agent may try once more.
+                case "go" if number in self._holds:
+                    self._holds[number].go()
+                case "drop":
+                    if (hold := self._holds.pop(number, None)) is not None:
                         hold.close()
-                        go.clear()
-                case unknown:
-                    reply = {"error": f"hold worker: '{unknown}' is not expected now"}
-            if hold is not None and hold.is_stuck:
-                reply["spent"] = True
-            channel.send(reply)
-    receiver.cancel()
+                case _:
+                    task = asyncio.create_task(self._answer(number, message))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
 
-
-async def _receive(channel: Channel, messages: asyncio.Queue[dict[str, Any]], go: asyncio.Event) -> None:
-    while True:
+    async def _answer(self, number: int, message: dict[str, Any]) -> None:
         try:
-            message, _ = await channel.receive()
-        except ChannelClosed:
-            # The agent is gone or needs us no more. What a hung thread does must not delay our end; commands that
-            # still run are noted in the spool and ended by the next start.
-            os._exit(0)
-        if message["do"] == "go":
-            go.set()
-        else:
-            messages.put_nowait(message)
+            reply = await self._do(number, message)
+        except (OSError, ZoneBundleError) as error:
+            reply = {"error": str(error)}
+        except Exception as error:
+            report_crash()
+            reply = {"error": f"hold worker failed: {type(error).__name__}: {error}"}
+        hold = self._holds.get(number)
+        self._channel.send(reply | {"hold": number, "call": message["call"], "stuck": hold is not None and hold.is_stuck})
 
-
-async def _answer(work: Any) -> dict[str, Any]:
-    try:
-        answer: dict[str, Any] = await work
-    except (OSError, ZoneBundleError) as error:
-        return {"error": str(error)}
-    except Exception as error:
-        report_crash()
-        return {"error": f"hold worker failed: {type(error).__name__}: {error}"}
-    return answer
+    def _do(self, number: int, message: dict[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:
+        hold = self._holds.get(number)
+        match message["do"]:
+            case "begin" if hold is None:
+                hold = self._holds[number] = Hold(HoldOrder.from_json(message["order"]), self._threads)
+                return hold.begin()
+            case "snapshot" if hold is not None:
+                return hold.take_snapshot(message["group"])
+            case "finish" if hold is not None:
+                return hold.finish(FinishOrder.from_json(message["order"]))
+            case unknown:
+                raise HostError(f"hold worker: '{unknown}' is not expected now")
 
 
 def report_crash() -> None:

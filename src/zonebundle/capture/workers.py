@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
+import itertools
 import os
-import select
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -22,124 +22,202 @@ from zonebundle.host.process import built_environment
 
 _log = structlog.get_logger()
 
+_FORK_PATIENCE = 10.0
+
 
 class WorkerDiedError(HostError):
     """The worker died, was killed or did not answer in time; what it had written to the spool is there."""
 
 
-@dataclass(slots=True)
-class HoldWorker:
-    """One hold worker, busy with one zone at a time."""
+class _Process:
+    """A worker process, and the holds that wait for its answers."""
 
-    channel: Channel
-    pid: int
-    pidfd: int
-    spent: bool = False
+    def __init__(self, channel: Channel, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self.is_retired = False
+        self.holds: dict[int, asyncio.Future[dict[str, Any]] | None] = {}
+        self.calls: collections.Counter[int] = collections.Counter()
+        self._channel = channel
+        self._pidfd = pidfd
+        self._receiver = asyncio.get_running_loop().create_task(self._receive())
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                reply, descriptors = await self._channel.receive()
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                waiting = self.holds.get(reply["hold"])
+                # An answer to a call that was given up must not pass for the next one's.
+                if waiting is not None and not waiting.done() and reply["call"] == self.calls[reply["hold"]]:
+                    waiting.set_result(reply)
+        except (ChannelClosed, OSError, ValueError):
+            self.is_retired = True
+            for waiting in self.holds.values():
+                if waiting is not None and not waiting.done():
+                    waiting.set_exception(ChannelClosed("the worker died"))
+
+    def send(self, message: dict[str, Any]) -> None:
+        self._channel.send(message)
+
+    def kill(self) -> None:
+        """Kill it without waiting: one in uninterruptible sleep dies when the kernel lets it."""
+        self.is_retired = True
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Close our end; it exits, whatever its threads do."""
+        self.is_retired = True
+        self._receiver.cancel()
+        self._channel.close()
+        os.close(self._pidfd)
+
+
+class HoldWorker:
+    """A worker's service to one hold."""
+
+    def __init__(self, process: _Process, number: int, exclusive: bool) -> None:
+        self._process = process
+        self._number = number
+        self._exclusive = exclusive
+        self.is_lost = False
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     async def call(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """Send a request and return its reply. Raises WorkerDiedError; the worker is then spent and killed.
+        """Send a request and return its reply. Raises WorkerDiedError; the hold is then lost there.
 
-        Cancelling leaves the worker in an unknown state: it is spent too.
+        Raises HostError for what the worker could not do. Cancelling loses the hold too.
         """
+        waiting: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._process.holds[self._number] = waiting
         try:
-            self.channel.send(message)
-            reply, descriptors = await asyncio.wait_for(self.channel.receive(), timeout)
-        except (ChannelClosed, BlockingIOError, TimeoutError) as error:
-            self.kill()
+            self._process.calls[self._number] += 1
+            self._process.send(message | {"hold": self._number, "call": self._process.calls[self._number]})
+            reply = await asyncio.wait_for(waiting, timeout)
+        except (ChannelClosed, BlockingIOError, OSError) as error:
+            self.lose()
             reason = f"did not answer within {timeout:.1f} s" if isinstance(error, TimeoutError) else "died"
             raise WorkerDiedError(f"hold worker {self.pid} {reason} during '{message['do']}'") from None
         except BaseException:
-            self.kill()
+            self.lose()
             raise
-        for descriptor in descriptors:
-            os.close(descriptor)
-        if reply.get("spent"):
-            self.spent = True
+        finally:
+            self._process.holds[self._number] = None
+        if reply["stuck"]:
+            # A thread of it hangs in the kernel: no further holds, but this one may go on.
+            self._process.is_retired = True
         if "error" in reply:
             raise HostError(reply["error"])
         return reply
 
     def notify(self, message: dict[str, Any]) -> None:
         """Tell the worker something it does not answer. A dead one is noticed at the next call."""
-        with contextlib.suppress(ChannelClosed, BlockingIOError):
-            self.channel.send(message)
+        with contextlib.suppress(ChannelClosed, OSError):
+            self._process.send(message | {"hold": self._number})
 
-    def kill(self) -> None:
-        """Kill it without waiting: one in uninterruptible sleep dies when the kernel lets it."""
-        self.spent = True
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-
-    def close(self) -> None:
-        self.channel.close()
-        os.close(self.pidfd)
+    def lose(self) -> None:
+        """Give the hold up there. The process gets no further ones; it is killed if it serves no others."""
+        self.is_lost = True
+        self._process.is_retired = True
+        if self._exclusive:
+            self._process.kill()
 
 
 class HoldWorkers:
-    """Pre-started hold workers. A hold never waits for another's: with none idle, one more is forked.
+    """Pre-started hold workers. A hold never waits for another's.
 
-    `idle` workers are kept ready; what is above that when a burst is over is let go.
+    A few processes, more than there are cores, are shared by all holds whose work is only looking and staging: forking
+    one for each hold of a burst would cost more CPU than the hold itself. Holds that run commands have a process of
+    their own, because a command's strays are found among the worker's orphans. A process in which a thread hangs gets
+    no further holds, and goes when its last one has ended.
     """
 
-    def __init__(self, idle: int | None = None) -> None:
-        self._idle_target = idle or max(4, 2 * (os.cpu_count() or 1))
-        self._idle: list[HoldWorker] = []
+    def __init__(self, shared: int | None = None) -> None:
+        self._target = shared or 2 * (os.cpu_count() or 1)
+        self._shared: list[_Process] = []
+        self._spare: list[_Process] = []
+        self._numbers = itertools.count(1)
         self._server: subprocess.Popen[bytes] | None = None
         self._control: Channel | None = None
-        self._forking: set[asyncio.Task[None]] = set()
+        self._filling: asyncio.Task[None] | None = None
         self._closed = False
 
     async def start(self) -> None:
-        """Start the hold server and the first workers."""
+        """Start the hold server and the first workers. Raises UnavailableError."""
         await self._start_server()
-        self._idle.extend(await asyncio.gather(*(self._fork() for _ in range(self._idle_target))))
+        await self._fill()
 
     @property
     def pids(self) -> list[int]:
-        """The processes of the pool: the server and the idle workers."""
-        return ([self._server.pid] if self._server else []) + [worker.pid for worker in self._idle]
+        """The processes of the pool: the server and the workers at rest."""
+        return ([self._server.pid] if self._server else []) + [process.pid for process in self._shared + self._spare]
 
     @contextlib.asynccontextmanager
-    async def take(self) -> AsyncIterator[HoldWorker]:
-        """A worker for one hold. Afterwards it is idle again, or gone if it is spent."""
-        worker = self._next_idle() or await self._fork()
+    async def take(self, *, exclusive: bool = False) -> AsyncIterator[HoldWorker]:
+        """A worker for one hold, `exclusive` if it runs commands. Raises UnavailableError if none can be forked."""
+        process = await self._next(exclusive)
+        worker = HoldWorker(process, next(self._numbers), exclusive)
+        process.holds[worker._number] = None
         try:
             yield worker
         except BaseException:
-            worker.kill()
+            worker.lose()
             raise
         finally:
-            if worker.spent or self._closed or len(self._idle) >= self._idle_target:
-                # Its end of the channel closes, and it exits.
-                worker.close()
-            else:
-                self._idle.append(worker)
-            self._refill()
+            worker.notify({"do": "drop"})
+            del process.holds[worker._number], process.calls[worker._number]
+            self._give_back(process, exclusive)
 
-    def _next_idle(self) -> HoldWorker | None:
-        while self._idle:
-            worker = self._idle.pop()
-            if not _has_ended(worker.pidfd):
-                return worker
-            worker.close()
-        return None
+    async def _next(self, exclusive: bool) -> _Process:
+        if exclusive:
+            while self._spare:
+                process = self._spare.pop()
+                if not process.is_retired:
+                    return process
+                process.close()
+            return await self._fork()
+        self._shared = [process for process in self._shared if not self._bury(process)]
+        usable = [process for process in self._shared if not process.is_retired]
+        if usable:
+            return min(usable, key=lambda process: len(process.holds))
+        process = await self._fork()
+        self._shared.append(process)
+        return process
 
-    def _refill(self) -> None:
-        if not self._idle and not self._closed and not self._forking:
-            task = asyncio.get_running_loop().create_task(self._add_idle())
-            self._forking.add(task)
-            task.add_done_callback(self._forking.discard)
+    def _give_back(self, process: _Process, exclusive: bool) -> None:
+        if exclusive and not process.is_retired and not self._spare and not self._closed:
+            self._spare.append(process)
+        elif exclusive:
+            process.close()
+        elif self._bury(process):
+            self._shared.remove(process)
+        if not self._closed and (not self._spare or len(self._shared) < self._target) and self._filling is None:
+            self._filling = asyncio.get_running_loop().create_task(self._fill())
 
-    async def _add_idle(self) -> None:
+    def _bury(self, process: _Process) -> bool:
+        """End a retired process that serves nobody any more; whether it was one."""
+        if process.is_retired and not process.holds:
+            process.kill()
+            process.close()
+            return True
+        return False
+
+    async def _fill(self) -> None:
         try:
-            worker = await self._fork()
+            while len(self._shared) < self._target:
+                self._shared.append(await self._fork())
+            if not self._spare:
+                self._spare.append(await self._fork())
         except UnavailableError as error:
+            if self._filling is None:
+                raise
             _log.error("no hold worker can be forked", reason=str(error))
-            return
-        if self._closed:
-            worker.close()
-        else:
-            self._idle.append(worker)
+        finally:
+            self._filling = None
 
     async def _start_server(self) -> None:
         ours, theirs = channel_pair()
@@ -159,7 +237,7 @@ class HoldWorkers:
             theirs.close()
         self._control = Channel(ours)
 
-    async def _fork(self) -> HoldWorker:
+    async def _fork(self) -> _Process:
         for attempt in range(2):
             ours, theirs = channel_pair()
             channel = Channel(ours)
@@ -171,14 +249,18 @@ class HoldWorkers:
                 assert self._control is not None
                 self._control.send({"fork": 1}, (theirs.fileno(),))
                 theirs.close()
-                hello, descriptors = await asyncio.wait_for(channel.receive(), 10)
-                return HoldWorker(channel, hello["pid"], descriptors[0])
-            except (ChannelClosed, BlockingIOError, TimeoutError, OSError) as error:
+                hello, descriptors = await asyncio.wait_for(channel.receive(), _FORK_PATIENCE)
+                return _Process(channel, hello["pid"], descriptors[0])
+            except (ChannelClosed, OSError) as error:
                 channel.close()
                 theirs.close()
                 if attempt:
                     raise UnavailableError(f"the hold server does not fork a worker: {error}") from None
                 self._stop_server()
+            except BaseException:
+                channel.close()
+                theirs.close()
+                raise
         raise AssertionError("unreachable")
 
     def _stop_server(self) -> None:
@@ -191,14 +273,15 @@ class HoldWorkers:
             self._server = None
 
     async def close(self) -> None:
-        """End the idle workers and the server, and reap it."""
+        """End the workers and the server, and reap it."""
         self._closed = True
-        for task in self._forking:
-            task.cancel()
-        await asyncio.gather(*self._forking, return_exceptions=True)
-        for worker in self._idle:
-            worker.close()
-        self._idle.clear()
+        if self._filling is not None:
+            self._filling.cancel()
+            await asyncio.gather(self._filling, return_exceptions=True)
+        for process in self._shared + self._spare:
+            process.close()
+        self._shared.clear()
+        self._spare.clear()
         self._stop_server()
 
 
@@ -207,7 +290,3 @@ def child_environment() -> dict[str, str]:
     kept = ("PYTHONPATH", "PYTHONWARNINGS", trace.CRASH_AT)
     extra = {name: os.environ[name] for name in kept if name in os.environ}
     return built_environment(extra | {trace.CRASH_PID: str(os.getpid())})
-
-
-def _has_ended(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], 0)[0])

@@ -105,7 +105,7 @@ class Marked:
 
 
 async def look(directory: Path) -> Sight | None:
-    """What lives of the zone whose state is in `directory`; None if nothing does, and run.json is gone by then.
+    """What lives of the zone whose state is in `directory`; None if nothing does.
 
     Raises RuntimeFailedError if it cannot be told, OSError if the state cannot be read.
     """
@@ -126,6 +126,8 @@ async def look(directory: Path) -> Sight | None:
             if found:
                 return Sight(life, False, found)
             _forget(directory, life)
+            if read_life(directory) in (None, life):
+                return None
     raise RuntimeFailedError(f"cannot tell whether the zone in {directory} runs: it is started again and again")
 
 

@@ -27,6 +27,7 @@ _SUPERVISOR = str(Path(__file__).with_name("supervise.py"))
 _AT_ONCE = 4
 _LONGEST_ANSWER = 200
 _LONGEST_COMPLAINT = 300
+_TIMED_OUT = "late"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +69,29 @@ class Launcher:
         """
         loop = asyncio.get_running_loop()
         try:
-            supervisor, answer = await loop.run_in_executor(self._threads, self._spawn, zone, directory, plan.encode())
+            spawned = await loop.run_in_executor(self._threads, self._spawn, zone, directory, plan.encode())
         except OSError as error:
             raise RuntimeFailedError(f"cannot start zone '{zone}': no supervisor for it: {error}") from error
+        supervisor, pidfd, answer = spawned
+        self._watch(supervisor, pidfd)
         try:
-            self.watch(supervisor)
             async with asyncio.timeout(self._timeout):
                 await readable(answer)
-            line = os.read(answer, _LONGEST_ANSWER).decode("ascii", "replace").strip()
+                line = os.read(answer, _LONGEST_ANSWER).decode("ascii", "replace").strip()
+                if line != "running":
+                    await ended(supervisor)
         except TimeoutError:
             tree = SupervisedTree(supervisor)
             await end(tree, f"the supervisor of zone '{zone}'", Grace(0))
-            raise RuntimeFailedError(
-                f"cannot start zone '{zone}': '{plan.command[0]}' was not executed within {self._timeout:g} s"
-            ) from None
+            line = f"{_TIMED_OUT} {self._timeout:g}"
         finally:
             os.close(answer)
         if line != "running":
-            await ended(supervisor)
             self.reap(supervisor)
-        _raise_unless_running(line, zone, directory, plan)
+            raise _failure(line, zone, directory, plan)
 
-    def _spawn(self, zone: str, directory: Path, plan: bytes) -> tuple[ProcessRef, int]:
+    def _spawn(self, zone: str, directory: Path, plan: bytes) -> tuple[ProcessRef, int, int]:
+        """Start the process: itself, its pidfd, and the pipe with its answer."""
         make_private_directory(directory)
         with contextlib.ExitStack() as opened:
 
@@ -123,15 +125,19 @@ class Launcher:
             # Not reaped yet, so the PID is still its own, even if it has ended.
             stat = proc.read_stat(process.pid)
             assert stat is not None
-            return ProcessRef(process.pid, int(stat[proc.START_TIME])), reader
+            return ProcessRef(process.pid, int(stat[proc.START_TIME])), os.pidfd_open(process.pid), reader
 
     def watch(self, supervisor: ProcessRef) -> None:
         """Reap the supervisor when it ends, should it be a child of this process."""
+        if supervisor not in self._watched:
+            descriptor = proc.open_pidfd(supervisor)
+            if descriptor is not None:
+                self._watch(supervisor, descriptor)
+
+    def _watch(self, supervisor: ProcessRef, descriptor: int) -> None:
         if supervisor in self._watched:
-            return
-        try:
-            descriptor = os.pidfd_open(supervisor.pid)
-        except ProcessLookupError:
+            # Somebody looked at the zone before its start had ended.
+            os.close(descriptor)
             return
         self._watched[supervisor] = descriptor
         asyncio.get_running_loop().add_reader(descriptor, self.reap, supervisor)
@@ -159,17 +165,17 @@ class Launcher:
         self._threads.shutdown()
 
 
-def _raise_unless_running(answer: str, zone: str, directory: Path, plan: Plan) -> None:
+def _failure(answer: str, zone: str, directory: Path, plan: Plan) -> ConflictError | RuntimeFailedError:
     match answer.split():
-        case ["running"]:
-            return
         case ["busy"]:
-            raise ConflictError(f"zone '{zone}' runs already or is being started")
+            return ConflictError(f"zone '{zone}' runs already or is being started")
         case ["failed", stage, number]:
             reason = _explain(stage, int(number), directory, plan)
+        case [word, seconds] if word == _TIMED_OUT:
+            reason = f"'{plan.command[0]}' was not executed within {seconds} s"
         case _:
             reason = f"its supervisor ended at once: {_last_complaint(directory)}"
-    raise RuntimeFailedError(f"cannot start zone '{zone}': {reason}")
+    return RuntimeFailedError(f"cannot start zone '{zone}': {reason}")
 
 
 def _explain(stage: str, number: int, directory: Path, plan: Plan) -> str:

@@ -58,6 +58,12 @@ class ProcessZone:
     def __post_init__(self) -> None:
         if bool(self.command) == bool(self.pid_file):
             raise UsageError("a zone of the process runtime needs either a command or a PID file, and not both")
+        for text in (*self.command, self.root or "", *self.environment, *self.environment.values()):
+            if "\0" in text:
+                raise UsageError(f"{text[:60]!r} holds a zero byte, which no command or environment can")
+        for name in self.environment:
+            if not name or "=" in name:
+                raise UsageError(f"{name[:60]!r} cannot be the name of an environment variable")
 
 
 class ProcessRuntime:

@@ -20,6 +20,7 @@ takes 1.1 MB and 10 ms more (Python 3.11). It uses no other module of this packa
 
 import _ctypes
 import _signal  # type: ignore[import-not-found]  # it is what `signal` wraps, without the enums
+import errno
 import fcntl
 import os
 import select
@@ -192,8 +193,8 @@ def _become_zone(plan: Plan, waiting: int, report: int, output: int) -> None:
         os.chdir(plan.root)
         stage = "exec"
         os.execvpe(plan.command[0], plan.command, plan.environment)
-    except OSError as error:
-        os.write(report, f"{stage} {error.errno}".encode())
+    except Exception as error:
+        os.write(report, f"{stage} {getattr(error, 'errno', None) or errno.EINVAL}".encode())
     finally:
         os._exit(127)
 

@@ -26,7 +26,7 @@ Key = tuple[int, int]
 _JOURNAL: Final = (".journal", ".journal~")
 _JOURNALS: Final = "journal file"
 _FILES_A_LOOK = 512
-# Without O_NOFOLLOW, which would make a link at the end ENOTDIR, as if it was a file; RESOLVE_NO_SYMLINKS makes it ELOOP.
+# Not O_NOFOLLOW: with it a link in the last place is ENOTDIR, like a mere file; RESOLVE_NO_SYMLINKS makes it ELOOP.
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
 _BENEATH = (
     syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS | syscalls.RESOLVE_NO_XDEV
