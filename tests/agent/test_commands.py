@@ -8,41 +8,10 @@ import pytest
 
 from support import wait
 from support.agents import AgentProcess
+from support.misbehaving import BUDGET, check_misbehaved, sleepers, write_scripts
 
-BUDGET = 1.0
-
-
-def sleepers(seconds: str) -> list[int]:
-    """Every process on this host that sleeps for that (peculiar) time."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                arguments = Path("/proc", name, "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if arguments[:1] == [b"sleep"] and seconds.encode() in arguments:
-                found.append(int(name))
-    return found
-
-
-def misbehaving(mark: str) -> dict[str, list[str]]:
-    """Commands by entry, each sleeping a time by which its processes are found again."""
-    return {
-        "ignores-term": [f"trap '' TERM; echo partial; sleep {mark}; sleep {mark}"],
-        "holds-the-pipe": [f"echo parent; sleep {mark} & exit 0"],
-        "sets-itself-apart": [f"echo apart; setsid sh -c 'setsid sleep {mark} & sleep {mark}' & sleep {mark}"],
-        "prints-without-end": ["yes an endless line"],
-    }
-
-
-def settings(scripts: dict[str, list[str]], directory: Path) -> str:
-    commands = []
-    for name, (script,) in scripts.items():
-        program = directory / name
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(0o755)
-        commands.append([str(program)])
+def settings(mark: str, directory: Path) -> str:
+    commands = [[str(program)] for program in write_scripts(mark, directory)]
     return f'[hold]\nbudget = "{BUDGET}s"\n[evidence]\ncommands = {json.dumps(commands)}\nstacks = "kernel"\n'
 
 
@@ -56,23 +25,13 @@ def check_bundle(agent: AgentProcess, told: dict[str, object], zone: str, mark: 
     bundle = told["bundle"]
     assert isinstance(bundle, dict)
     contents = agent.contents(zone, bundle["id"]["bundle_id"])
-    assert contents["ignores-term"].split(b"\n")[1] == b"partial"
-    assert contents["holds-the-pipe"].split(b"\n")[1] == b"parent"
-    assert contents["sets-itself-apart"].split(b"\n")[1] == b"apart"
-    assert contents["prints-without-end"].count(b"an endless line") > 1000
-    report = json.loads(contents["report.json"])
-    outcomes = {step["name"]: step["outcome"] for step in report["steps"]}
-    assert outcomes["ignores-term"] == "timeout"
-    assert outcomes["holds-the-pipe"] == "success"
-    assert outcomes["sets-itself-apart"] == "timeout"
-    assert outcomes["prints-without-end"] == "unknown"
-    assert {gap["what"] for gap in report["gaps"]} == {"ignores-term", "sets-itself-apart", "prints-without-end"}
+    check_misbehaved(contents)
     assert contents["logs/zone/logs/app.log"] == b"kept all the same\n"
 
 
 def test_commands_of_a_process_zone(agent: AgentProcess) -> None:
     mark = f"{os.getpid()}1"
-    agent.settings = settings(misbehaving(mark), agent.directory)
+    agent.settings = settings(mark, agent.directory)
     root = agent.add_zone("web")
     (root / "logs/app.log").write_text("kept all the same\n")
     agent.start().start_zones()

@@ -35,6 +35,27 @@ def test_the_directories_that_patterns_name_are_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("leak_check")
+@pytest.mark.parametrize(
+    ("pattern", "prefixes"),
+    [
+        ("var/log/**", ["var/log"]),
+        ("var/**", ["var/log"]),
+        ("**/app.log", ["var/log"]),
+        ("var/log/app/*.log", ["var/log/app"]),
+        ("var/log/gone/*.log", []),
+        ("var/logs/**", []),
+        ("home/**", []),
+    ],
+)
+def test_patterns_are_for_paths_with_the_prefix(tmp_path: Path, pattern: str, prefixes: list[str]) -> None:
+    (tmp_path / "app").mkdir()
+    with opened(LogTree("zone", str(tmp_path), (pattern,), prefix="var/log")) as logs:
+        assert [tree.tree.prefix for tree in logs.trees] == prefixes
+        assert all(tree.tree.patterns == (pattern,) for tree in logs.trees)
+        assert logs.gaps == []
+
+
+@pytest.mark.usefixtures("leak_check")
 def test_a_missing_root_is_no_gap_and_a_link_is_one(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "root/logs").symlink_to("/etc")

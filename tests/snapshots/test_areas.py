@@ -155,6 +155,25 @@ def test_only_areas_of_ours_are_prepared(staging: Path) -> None:
     assert list(staging.iterdir()) == []
 
 
+def test_a_directory_with_the_inode_number_of_a_subvolume_is_removed(ext4_dir: Path, leak_check: None) -> None:
+    (ext4_dir / "staging").mkdir(mode=0o700)
+    area = _prepared(ext4_dir / "staging")
+    files = Path(area.path, "files")
+    spare = ext4_dir / "spare"
+    spare.mkdir()
+    for number in range(2000):
+        directory = spare / str(number)
+        directory.mkdir()
+        if directory.stat().st_ino == 256:
+            directory.rename(files)
+            break
+    else:
+        pytest.skip("no directory got inode 256")
+    (files / "0").write_bytes(b"x")
+    destroy_area(area, _OURS)
+    assert list((ext4_dir / "staging").iterdir()) == []
+
+
 def test_an_area_with_a_snapshot_and_files_is_destroyed_whole(btrfs_dir: Path, leak_check: None) -> None:
     (btrfs_dir / "staging").mkdir(mode=0o700)
     area = _prepared(btrfs_dir / "staging")

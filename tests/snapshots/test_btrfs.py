@@ -149,6 +149,17 @@ def test_nested_subvolumes_are_staged_instead(btrfs_dir: Path, leak_check: None)
     assert kept.gaps == []
 
 
+def test_a_remembered_choice_has_the_path_of_now(btrfs_dir: Path) -> None:
+    zone = _subvolume(btrfs_dir / "zone")
+    (zone / "log").mkdir()
+    rules = StagingRules(state_dir=str(btrfs_dir), zone_roots=(str(zone),))
+    forget()
+    with _descriptor(zone / "log") as descriptor:
+        assert choose(descriptor, "/log", rules).subpath == "log"
+        (zone / "log").rename(zone / "elsewhere")
+        assert choose(descriptor, "/log", rules).subpath == "elsewhere"
+
+
 def test_inodes_of_nested_subvolumes_are_not_mixed_up(btrfs_dir: Path) -> None:
     # The first file of each subvolume has the same inode number.
     zone = _subvolume(btrfs_dir / "zone")

@@ -14,13 +14,14 @@ from zonebundle.runtimes.oci import OciRuntime
 from zonebundle.runtimes.process import ProcessRuntime, ProcessZone
 
 # Five processes: those that end at TERM, with a last word, and those that do not. busybox and dash both run it.
+# When there are five, the trap is set and the first word is said.
 GRACEFUL = """
-for n in 1 2 3 4; do sleep 1000 & done
 trap 'echo last words; kill $(jobs -p) 2>/dev/null; exit 3' TERM
 echo ready
+for n in 1 2 3 4; do sleep 1000 & done
 wait
 """
-STUBBORN = "trap '' TERM; for n in 1 2 3 4; do sleep 1000 & done; echo ready; while :; do sleep 1000; done"
+STUBBORN = "trap '' TERM; echo ready; for n in 1 2 3 4; do sleep 1000 & done; while :; do sleep 1000; done"
 
 
 class Zones(Protocol):

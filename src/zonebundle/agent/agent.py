@@ -22,7 +22,7 @@ from zonebundle.agent.zone_runner import ZoneRunner
 from zonebundle.capture.capture import Captured, Capturer
 from zonebundle.capture.spool import Spool
 from zonebundle.capture.workers import HoldWorkers
-from zonebundle.errors import NoSuchZoneError, UnavailableError, ZoneBundleError
+from zonebundle.errors import NoSuchZoneError, RuntimeUnavailableError, UnavailableError, ZoneBundleError
 from zonebundle.host.files import make_private_directory
 from zonebundle.model.record import Intent
 from zonebundle.model.report import Gap
@@ -32,6 +32,9 @@ from zonebundle.seal.link import SealerLink
 from zonebundle.store.reader import StoreReader
 
 _log = structlog.get_logger()
+
+# Zones in one message to a hold worker, whose size is bounded.
+_LESSON = 20
 
 
 class Agent:
@@ -74,6 +77,7 @@ class Agent:
             await self._link.start()
             for bundle_id in recovery.recorded:
                 self._link.seal(bundle_id)
+            await self._warm_up()
             self._resuming = [asyncio.create_task(self._resume(intent)) for intent in interrupted]
         except OSError as error:
             await self.close()
@@ -96,6 +100,25 @@ class Agent:
         self._threads.shutdown(wait=True)
         self._state.close()
 
+    async def _warm_up(self) -> None:
+        """Before the first stop: how will the logs of each zone be kept? What is slow or bounded is worth a warning."""
+        try:
+            zones = [zone for zone, _ in await self.zones()]
+        except ZoneBundleError as error:
+            # Zones of other runtimes can be had all the same, and these when their runtime is back.
+            _log.warning("zones cannot be listed", reason=str(error))
+            return
+        lessons = [
+            {
+                "do": "warm",
+                "zones": [self.with_archives(zone).to_json() for zone in zones[first : first + _LESSON]],
+                "settings": self._settings.to_json(),
+            }
+            for first in range(0, len(zones), _LESSON)
+        ]
+        for warning in await self._workers.warm(lessons):
+            _log.warning("logs will be copied", reason=warning)
+
     @property
     def pids(self) -> dict[str, list[int]]:
         """The processes of this agent, for the benchmarks and for /healthz."""
@@ -106,10 +129,22 @@ class Agent:
         }
 
     async def zones(self) -> list[tuple[Zone, bool]]:
-        """Every zone of every runtime, sorted by name, and whether it is being stopped."""
+        """Every zone of every runtime, sorted by name, and whether it is being stopped.
+
+        A runtime that is not there is logged and costs only its own zones; raises RuntimeUnavailableError if none is.
+        """
         found: dict[str, Zone] = {}
-        for zones in await asyncio.gather(*(runtime.list() for runtime in self._runtimes)):
-            for zone in zones:
+        answers = await asyncio.gather(*(runtime.list() for runtime in self._runtimes), return_exceptions=True)
+        missing = [answer for answer in answers if isinstance(answer, RuntimeUnavailableError)]
+        if len(missing) == len(answers):
+            raise missing[0]
+        for runtime, answer in zip(self._runtimes, answers, strict=True):
+            if isinstance(answer, RuntimeUnavailableError):
+                _log.warning("zones of a runtime cannot be listed", runtime=runtime.name, reason=str(answer))
+                continue
+            if isinstance(answer, BaseException):
+                raise answer
+            for zone in answer:
                 # Two runtimes with one name: the later is `<runtime>:<name>`.
                 name = zone.name if zone.name not in found else f"{zone.runtime}:{zone.name}"
                 found[name] = replace(zone, name=name)
@@ -125,11 +160,18 @@ class Agent:
         if known is not None:
             return known
         prefix, _, rest = name.partition(":")
+        missing: RuntimeUnavailableError | None = None
         for runtime in self._runtimes:
             local = rest if prefix == runtime.name and rest else name
-            if await runtime.find(local) is not None:
+            try:
+                found = await runtime.find(local)
+            except RuntimeUnavailableError as error:
+                # Another runtime may know it; if none does, this one might have.
+                missing = missing or error
+                continue
+            if found is not None:
                 return self._runners.setdefault(name, ZoneRunner(local, runtime, self))
-        raise NoSuchZoneError(name)
+        raise missing or NoSuchZoneError(name)
 
     def with_archives(self, zone: Zone) -> Zone:
         """The zone with the archive directories that hold its moved logs."""

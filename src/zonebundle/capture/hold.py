@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,14 @@ from typing import Any, TypeVar
 from zonebundle.capture.evidence import Evidence
 from zonebundle.capture.logs import OpenLogs, open_logs
 from zonebundle.capture.look import Look
-from zonebundle.capture.order import FinishOrder, HoldOrder
+from zonebundle.capture.order import FinishOrder, HoldOrder, HoldSettings
 from zonebundle.capture.record_writer import RecordWriter
 from zonebundle.errors import HostError, SnapshotError
 from zonebundle.host import proc, trace
 from zonebundle.host.process import kill_strays
-from zonebundle.model.record import COMMANDS_FILE, Area, LogFile, RecordHeader, SnapshotTree
+from zonebundle.model.record import COMMANDS_FILE, LIVE, Area, LogFile, RecordHeader, SnapshotTree
 from zonebundle.model.report import Gap, Outcome, Step
-from zonebundle.model.zone import ProcessRef
+from zonebundle.model.zone import LogTree, ProcessRef
 from zonebundle.snapshots.areas import prepare_area
 from zonebundle.snapshots.base import Choice, OpenTree, StagingRules
 from zonebundle.snapshots.btrfs import take_btrfs
@@ -51,6 +52,7 @@ class Hold:
         self._evidence = Evidence(order.began)
         self._logs = OpenLogs([], [])
         self._choices: list[tuple[OpenTree, Choice]] = []
+        self._opening: asyncio.Future[None] | None = None
         self._unfinished: set[asyncio.Future[Any]] = set()
         self._go = asyncio.Event()
 
@@ -65,16 +67,16 @@ class Hold:
 
     async def begin(self) -> dict[str, Any]:
         """Open the logs, and look at the zone: probes at once, commands when the intent is durable."""
-        began = self._order.began
-        # Counted from now as well: a worker that takes another's place begins late, and what is not opened is lost.
-        patience = time.monotonic() + self._settings.budget * _OPEN_SHARE
-        logs = asyncio.ensure_future(self._open_logs(max(patience, began + self._settings.budget * LOOK_SHARE)))
+        deadline = self._order.began + self._settings.budget * LOOK_SHARE
+        self._opening = asyncio.ensure_future(self._open_logs())
         if self._order.probe:
             look = Look(self._order, self._evidence, self._in_thread, self._note_command)
-            await look.run(self._go, began + self._settings.budget * LOOK_SHARE)
+            await look.run(self._go, deadline)
             if look.ran_commands:
                 await self._bounded("stray processes", kill_strays, time.monotonic() + 1.0)
-        await logs
+        # What hangs now is asked for once more before the snapshot: logs are the last thing to be given up.
+        patience = max(deadline - time.monotonic(), self._settings.budget * _OPEN_SHARE)
+        await asyncio.wait({self._opening}, timeout=patience)
         return {
             "groups": sorted({choice.group for _, choice in self._choices if choice.group is not None}),
             "staging": sorted({choice.staging for _, choice in self._choices if choice.staging is not None}),
@@ -131,16 +133,11 @@ class Hold:
         if not self.is_stuck:
             self._logs.close()
 
-    async def _open_logs(self, deadline: float) -> None:
-        rules = StagingRules(self._settings.staging, self._settings.state_dir, self._settings.zone_roots)
-
-        def open_and_choose() -> tuple[OpenLogs, list[tuple[OpenTree, Choice]]]:
-            logs = open_logs(self._order.intent.zone.logs)
-            return logs, [(tree, choose(tree.descriptor, tree.tree.path, rules)) for tree in logs.trees]
-
+    async def _open_logs(self) -> None:
         begin = time.monotonic()
+        work = partial(_open_and_choose, self._order.intent.zone.logs, self._settings)
         try:
-            self._logs, self._choices = await self._within("open logs", open_and_choose, deadline)
+            self._logs, self._choices = await self._in_thread(work)
         except (OSError, HostError, SnapshotError) as error:
             self._evidence.gap("logs", f"the log directories cannot be opened: {error}")
             self._evidence.step("open logs", Outcome.FAIL, begin, str(error))
@@ -176,6 +173,12 @@ class Hold:
         budget = self._settings.budget
         spent = time.monotonic() - self._order.began - finish.graceful
         deadline = time.monotonic() + max(budget - spent, budget * (1 - LOOK_SHARE))
+        if self._opening is not None:
+            await asyncio.wait({self._opening}, timeout=deadline - time.monotonic())
+            if not self._opening.done():
+                self._opening.cancel()
+                reason = "the log directories could not be opened within the budget"
+                self._read_behind(writer, self._order.intent.zone.logs, finish, reason)
         by_area: dict[Path, list[tuple[OpenTree, Choice]]] = {}
         for open_tree, choice in self._choices:
             if choice.group not in finish.snapshots:
@@ -206,15 +209,30 @@ class Hold:
                 # The thread stops by itself at the deadline, between two files; longer, and it hangs.
                 await self._within("stage", partial(work, deadline), deadline + budget * _OPEN_SHARE)
                 outcome = Outcome.SUCCESS
-            except TimeoutError as error:
-                self._evidence.gap("logs", f"staging in {area.parent}: {error}")
-                outcome = Outcome.TIMEOUT
             except Exception as error:
-                # A full or broken staging directory, or a defect of ours, must cost neither record nor stop.
-                traceback.print_exc()
-                self._evidence.gap("logs", f"staging in {area.parent} failed: {type(error).__name__}: {error}")
-                outcome = Outcome.FAIL
+                # A hung, full or broken staging directory, or a defect of ours, must cost neither record nor stop.
+                outcome = Outcome.TIMEOUT if isinstance(error, TimeoutError) else Outcome.FAIL
+                if outcome is Outcome.FAIL:
+                    traceback.print_exc()
+                counted.close()
+                left = [open_tree.tree for open_tree, _ in trees]
+                self._read_behind(writer, left, finish, f"staging in {area.parent} did not finish: {error}")
             self._evidence.step("stage", outcome, begin, f"{counted.files} files ({kind})")
+
+    def _read_behind(self, writer: RecordWriter, trees: Iterable[LogTree], finish: FinishOrder, reason: str) -> None:
+        """Leave trees to be walked at their place behind the release, as far as they are there then."""
+        now = time.monotonic()
+        self._evidence.step("read behind", Outcome.TIMEOUT, now, reason)
+        for tree in trees:
+            what = f"logs/{tree.source}"
+            if tree.via is not None:
+                self._evidence.gap(what, f"{reason}; they were in a mount of the zone's own")
+                continue
+            if finish.living:
+                self._evidence.gap(what, f"{reason}; what was not staged is read later, while the zone runs on")
+            path = os.path.normpath(tree.path)
+            live = SnapshotTree(LIVE, "", tree.source, tree.prefix, tree.patterns, path)
+            writer.add("tree", live.to_json())
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         future = asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -245,6 +263,21 @@ class Hold:
             file.write(line + "\n")
 
 
+def _open_and_choose(
+    trees: Iterable[LogTree], settings: HoldSettings
+) -> tuple[OpenLogs, list[tuple[OpenTree, Choice]]]:
+    rules = StagingRules(settings.staging, settings.state_dir, settings.zone_roots)
+    logs = open_logs(trees)
+    return logs, [(tree, choose(tree.descriptor, tree.tree.path, rules)) for tree in logs.trees]
+
+
+def find_choices(trees: Iterable[LogTree], settings: HoldSettings) -> list[str]:
+    """Find out how these trees will be kept, which is then remembered; returns the warnings. Blocks."""
+    logs, choices = _open_and_choose(trees, settings)
+    logs.close()
+    return sorted({choice.warning for _, choice in choices if choice.warning})
+
+
 class _Counted:
     """Takes what the staging yields, in its thread, and hands it to the record."""
 
@@ -253,8 +286,15 @@ class _Counted:
         self._evidence = evidence
         self.area = area
         self.files = 0
+        self._closed = False
+
+    def close(self) -> None:
+        """Take nothing more: the thread was given up, and what it still says would come too late."""
+        self._closed = True
 
     def take(self, item: LogFile | Gap | Step) -> None:
+        if self._closed:
+            return
         if isinstance(item, LogFile):
             self._writer.add("file", item.to_json())
             self.files += 1

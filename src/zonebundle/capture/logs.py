@@ -94,7 +94,7 @@ def _open_tree(tree: LogTree) -> int:
 
 def _open_parts(tree: LogTree, root: int, mounts: list[Mount], opened: OpenLogs) -> None:
     below = {os.path.relpath(mount.point, tree.path): mount for mount in mounts}
-    for prefix in _outermost(static_prefix(pattern) for pattern in tree.patterns):
+    for prefix in _outermost(_directories(tree)):
         inside = [point for point in below if not prefix or point.startswith(prefix + "/")]
         for directory in [prefix, *inside]:
             above = max((p for p in below if directory == p or directory.startswith(p + "/")), key=len, default=None)
@@ -111,9 +111,18 @@ def _open_parts(tree: LogTree, root: int, mounts: list[Mount], opened: OpenLogs)
                 opened.gaps.append(Gap(f"logs/{tree.source}/{printable(directory)}", "its mount changed meanwhile"))
                 continue
             path = os.path.join(tree.path, directory) if directory else tree.path
-            joined = "/".join(part for part in (tree.prefix, directory) if part)
-            patterns = tuple("/".join(part for part in (tree.prefix, pattern) if part) for pattern in tree.patterns)
-            opened.trees.append(OpenTree(replace(tree, path=path, prefix=joined, patterns=patterns), descriptor))
+            prefix_in_source = "/".join(part for part in (tree.prefix, directory) if part)
+            opened.trees.append(OpenTree(replace(tree, path=path, prefix=prefix_in_source), descriptor))
+
+
+def _directories(tree: LogTree) -> Iterator[str]:
+    """The directories below the tree's own, which is "", in which its patterns can match at all."""
+    for pattern in tree.patterns:
+        prefix = static_prefix(pattern)
+        if not prefix or f"{tree.prefix}/".startswith(f"{prefix}/"):
+            yield ""
+        elif not tree.prefix or prefix.startswith(f"{tree.prefix}/"):
+            yield prefix.removeprefix(tree.prefix).strip("/")
 
 
 def _outermost(prefixes: Iterable[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 Messages, each with the number of its hold: begin → open the logs, look at the processes, run the commands (these after
 the notice `go`: the intent is durable); snapshot → take a snapshot that others may share; finish → stage what is not in
-one, write the record; drop (a notice) → forget the hold.
+one, write the record; drop (a notice) → forget the hold. warm → learn how the logs of some zones will be kept.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from zonebundle.capture.hold import Hold
-from zonebundle.capture.order import FinishOrder, HoldOrder
+from zonebundle.capture.hold import Hold, find_choices
+from zonebundle.capture.order import FinishOrder, HoldOrder, HoldSettings
 from zonebundle.errors import HostError, ZoneBundleError
 from zonebundle.host import syscalls
 from zonebundle.host.channel import Channel, ChannelClosed, send_message
+from zonebundle.model.zone import Zone
 
 _THREADS = 64
 
@@ -73,11 +74,22 @@ class _Worker:
             report_crash()
             reply = {"error": f"hold worker failed: {type(error).__name__}: {error}"}
         hold = self._holds.get(number)
-        self._channel.send(reply | {"hold": number, "call": message["call"], "stuck": hold is not None and hold.is_stuck})
+        self._channel.send(
+            reply | {"hold": number, "call": message["call"], "stuck": hold is not None and hold.is_stuck}
+        )
+
+    async def _warm(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Find out, before it is urgent, how the logs of these zones will be kept; answers with what to warn of."""
+        settings = HoldSettings.from_json(message["settings"])
+        trees = [tree for zone in message["zones"] for tree in Zone.from_json(zone).logs]
+        loop = asyncio.get_running_loop()
+        return {"warnings": await loop.run_in_executor(self._threads, find_choices, trees, settings)}
 
     def _do(self, number: int, message: dict[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:
         hold = self._holds.get(number)
         match message["do"]:
+            case "warm":
+                return self._warm(message)
             case "begin" if hold is None:
                 hold = self._holds[number] = Hold(HoldOrder.from_json(message["order"]), self._threads)
                 return hold.begin()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import itertools
 import os
@@ -23,6 +22,7 @@ from zonebundle.host.process import built_environment
 _log = structlog.get_logger()
 
 _FORK_PATIENCE = 10.0
+_LESSON_PATIENCE = 10.0
 
 
 class WorkerDiedError(HostError):
@@ -36,7 +36,7 @@ class _Process:
         self.pid = pid
         self.is_retired = False
         self.holds: dict[int, asyncio.Future[dict[str, Any]] | None] = {}
-        self.calls: collections.Counter[int] = collections.Counter()
+        self.calls: dict[int, int] = {}
         self._channel = channel
         self._pidfd = pidfd
         self._receiver = asyncio.get_running_loop().create_task(self._receive())
@@ -56,6 +56,15 @@ class _Process:
             for waiting in self.holds.values():
                 if waiting is not None and not waiting.done():
                     waiting.set_exception(ChannelClosed("the worker died"))
+
+    def take(self, number: int, *, exclusive: bool) -> HoldWorker:
+        """Its service to one more hold, until `give_back`."""
+        self.holds[number] = None
+        self.calls[number] = 0
+        return HoldWorker(self, number, exclusive)
+
+    def give_back(self, worker: HoldWorker) -> None:
+        del self.holds[worker.number], self.calls[worker.number]
 
     def send(self, message: dict[str, Any]) -> None:
         self._channel.send(message)
@@ -79,7 +88,7 @@ class HoldWorker:
 
     def __init__(self, process: _Process, number: int, exclusive: bool) -> None:
         self._process = process
-        self._number = number
+        self.number = number
         self._exclusive = exclusive
         self.is_lost = False
 
@@ -93,10 +102,10 @@ class HoldWorker:
         Raises HostError for what the worker could not do. Cancelling loses the hold too.
         """
         waiting: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._process.holds[self._number] = waiting
+        self._process.holds[self.number] = waiting
         try:
-            self._process.calls[self._number] += 1
-            self._process.send(message | {"hold": self._number, "call": self._process.calls[self._number]})
+            self._process.calls[self.number] += 1
+            self._process.send(message | {"hold": self.number, "call": self._process.calls[self.number]})
             reply = await asyncio.wait_for(waiting, timeout)
         except (ChannelClosed, BlockingIOError, OSError) as error:
             self.lose()
@@ -106,7 +115,7 @@ class HoldWorker:
             self.lose()
             raise
         finally:
-            self._process.holds[self._number] = None
+            self._process.holds[self.number] = None
         if reply["stuck"]:
             # A thread of it hangs in the kernel: no further holds, but this one may go on.
             self._process.is_retired = True
@@ -117,7 +126,7 @@ class HoldWorker:
     def notify(self, message: dict[str, Any]) -> None:
         """Tell the worker something it does not answer. A dead one is noticed at the next call."""
         with contextlib.suppress(ChannelClosed, OSError):
-            self._process.send(message | {"hold": self._number})
+            self._process.send(message | {"hold": self.number})
 
     def lose(self) -> None:
         """Give the hold up there. The process gets no further ones; it is killed if it serves no others."""
@@ -144,12 +153,35 @@ class HoldWorkers:
         self._server: subprocess.Popen[bytes] | None = None
         self._control: Channel | None = None
         self._filling: asyncio.Task[None] | None = None
+        self._lessons: list[dict[str, Any]] = []
         self._closed = False
 
     async def start(self) -> None:
         """Start the hold server and the first workers. Raises UnavailableError."""
         await self._start_server()
         await self._fill()
+
+    async def warm(self, lessons: list[dict[str, Any]]) -> list[str]:
+        """Have every worker, also later ones, learn how logs will be kept; returns what to warn of.
+
+        Each lesson is a `warm` message. A worker that does not learn in time (a hung file system) serves all the same.
+        """
+        self._lessons = lessons
+        told = await asyncio.gather(*(self._teach(process) for process in [*self._shared, *self._spare]))
+        return sorted({warning for warnings in told for warning in warnings})
+
+    async def _teach(self, process: _Process) -> list[str]:
+        worker = process.take(next(self._numbers), exclusive=False)
+        warnings: list[str] = []
+        try:
+            for lesson in self._lessons:
+                reply = await worker.call(lesson, _LESSON_PATIENCE)
+                warnings += reply["warnings"]
+        except HostError as error:
+            _log.warning("a hold worker could not look at the logs beforehand", reason=str(error))
+        finally:
+            process.give_back(worker)
+        return warnings
 
     @property
     def pids(self) -> list[int]:
@@ -160,8 +192,7 @@ class HoldWorkers:
     async def take(self, *, exclusive: bool = False) -> AsyncIterator[HoldWorker]:
         """A worker for one hold, `exclusive` if it runs commands. Raises UnavailableError if none can be forked."""
         process = await self._next(exclusive)
-        worker = HoldWorker(process, next(self._numbers), exclusive)
-        process.holds[worker._number] = None
+        worker = process.take(next(self._numbers), exclusive=exclusive)
         try:
             yield worker
         except BaseException:
@@ -169,7 +200,7 @@ class HoldWorkers:
             raise
         finally:
             worker.notify({"do": "drop"})
-            del process.holds[worker._number], process.calls[worker._number]
+            process.give_back(worker)
             self._give_back(process, exclusive)
 
     async def _next(self, exclusive: bool) -> _Process:
@@ -209,9 +240,13 @@ class HoldWorkers:
     async def _fill(self) -> None:
         try:
             while len(self._shared) < self._target:
-                self._shared.append(await self._fork())
+                process = await self._fork()
+                await self._teach(process)
+                self._shared.append(process)
             if not self._spare:
-                self._spare.append(await self._fork())
+                process = await self._fork()
+                await self._teach(process)
+                self._spare.append(process)
         except UnavailableError as error:
             if self._filling is None:
                 raise

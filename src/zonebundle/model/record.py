@@ -9,7 +9,7 @@ released; its first line is the header, then one object a line, told apart by it
     {"output": {…}}         a byte range of the spool's outputs file that becomes an entry
     {"followers": […]}      the bundles that share the snapshot which this one leads
     {"area": {…}}           a snapshot or staging area that this record reads from, in the order of their numbers
-    {"tree": {…}}           a log tree to be walked behind, in a snapshot
+    {"tree": {…}}           a log tree to be walked behind, in a snapshot or at its place
     {"file": {…}}           a log file whose size and parts are fixed
 """
 
@@ -166,11 +166,16 @@ class LogFile:
         )
 
 
+LIVE = -1
+
+
 @dataclass(frozen=True, slots=True)
 class SnapshotTree:
-    """A log tree inside a snapshot, to be walked behind the release.
+    """A log tree to be walked behind the release: inside a snapshot, or, with the area LIVE, at its place on the host.
 
     `path` is the tree's directory relative to the area's snapshot; `source`, `prefix` and `patterns` are as in LogTree.
+    `host_root` is where the directory is on the host. A live tree is for what the budget did not let be staged: files
+    that the record has already are passed over.
     """
 
     area: int

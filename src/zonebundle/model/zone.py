@@ -41,9 +41,9 @@ class Membership:
 class LogTree:
     """A directory in which logs are looked for.
 
-    `source` names it in the bundle (`logs/<source>/…`), `path` is where it is on the host, `patterns` are globs
-    relative to it. With `via`, the directory is opened inside that process's mount namespace instead, where `path`
-    is relative to the process's root. `prefix` is put before the paths found, for a mount that is entered explicitly.
+    `source` names it in the bundle (`logs/<source>/…`), `path` is where it is on the host. With `via`, the directory
+    is opened inside that process's mount namespace instead, where `path` is relative to the process's root. `prefix` is
+    put before the paths found, for a mount that is entered explicitly; `patterns` are globs for the paths with it.
     """
 
     source: str

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import IO
 
 from zonebundle.errors import OutsideRootError
-from zonebundle.host.files import Found, walk_beneath
+from zonebundle.host.files import Found, open_root, walk_beneath
 from zonebundle.model.paths import printable
 from zonebundle.model.quantities import format_size
-from zonebundle.model.record import Limits, LogFile, SnapshotTree
+from zonebundle.model.record import LIVE, Limits, LogFile, Part, SnapshotTree
 from zonebundle.model.report import Gap
 from zonebundle.model.zone import LogTree
 from zonebundle.seal.areas import SNAPSHOT, OpenAreas
@@ -61,9 +61,15 @@ def plan(entry: SpoolEntry, record: Record, areas: OpenAreas) -> Iterator[Plan]:
     """
     with contextlib.ExitStack() as runs:
         limits = record.header.limits
-        found = [_Walk(tree, areas, limits, _Runs(entry.path, runs), record.gaps) for tree in record.trees]
+        recorded = _recorded(entry, areas) if any(tree.area == LIVE for tree in record.trees) else frozenset()
+        found = [_Walk(tree, areas, limits, _Runs(entry.path, runs), record.gaps, recorded) for tree in record.trees]
         total = record.bytes + sum(walk.bytes for walk in found)
         yield Plan(total, _number(_all_logs(entry, areas, found), limits, record.gaps))
+
+
+def _recorded(entry: SpoolEntry, areas: OpenAreas) -> frozenset[tuple[str, bytes]]:
+    """Source and path of every log that the record has: a live tree is not to bring it a second time."""
+    return frozenset((log.source, log.path) for log in entry.log_files(len(areas)))
 
 
 def _all_logs(entry: SpoolEntry, areas: OpenAreas, found: Iterable[_Walk]) -> Iterator[LogFile]:
@@ -133,18 +139,27 @@ class _Runs:
 class _Walk:
     """The files of one log tree in a snapshot, newest first. `bytes` is what they come to."""
 
-    def __init__(self, tree: SnapshotTree, areas: OpenAreas, limits: Limits, runs: _Runs, gaps: Gaps) -> None:
+    def __init__(
+        self,
+        tree: SnapshotTree,
+        areas: OpenAreas,
+        limits: Limits,
+        runs: _Runs,
+        gaps: Gaps,
+        recorded: frozenset[tuple[str, bytes]],
+    ) -> None:
         self._tree = tree
         self._limit = limits.file
         self._gaps = gaps
         self._runs = runs
         self._wanted = Wanted(LogTree(tree.source, tree.host_root, tree.patterns, tree.prefix))
         self._linked: set[int] = set()
+        self._recorded = recorded if tree.area == LIVE else frozenset()
         self.bytes = 0
         try:
-            root = areas.open_tree(tree.area, tree.path)
+            root = open_root(tree.host_root) if tree.area == LIVE else areas.open_tree(tree.area, tree.path)
         except (OSError, OutsideRootError) as error:
-            self._gap("", f"its directory in the snapshot cannot be opened: {error}")
+            self._gap("", f"its directory cannot be opened any more: {error}")
             return
         try:
             for top in self._wanted.tops:
@@ -169,6 +184,8 @@ class _Walk:
     def _is_taken(self, root: int, found: Found) -> bool:
         if found.path.endswith(_JOURNALS):
             return False
+        if self._recorded and (self._tree.source, os.fsencode(self._prefixed(found.path))) in self._recorded:
+            return False
         status = found.status
         if status.st_nlink == 1:
             return True
@@ -190,7 +207,12 @@ class _Walk:
 
     def _log(self, name: _Name) -> LogFile:
         newness, path, size, mode, inode = name
-        in_area = "/".join(part for part in (SNAPSHOT, self._tree.path, path) if part)
+        first = max(0, size - self._limit)
+        if self._tree.area == LIVE:
+            parts: tuple[Part, ...] = (Part(first, size - first, "live"),) if size > first else ()
+        else:
+            in_area = "/".join(part for part in (SNAPSHOT, self._tree.path, path) if part)
+            parts = whole(size, first, self._tree.area, in_area)
         return LogFile(
             source=self._tree.source,
             path=os.fsencode(self._prefixed(path)),
@@ -200,7 +222,7 @@ class _Walk:
             mode=mode,
             mtime_ns=-newness,
             inode=inode,
-            parts=whole(size, max(0, size - self._limit), self._tree.area, in_area),
+            parts=parts,
         )
 
 

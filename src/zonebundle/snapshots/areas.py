@@ -8,6 +8,7 @@ its mark say that this installation made it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -157,9 +158,18 @@ def _empty(path: Path, descriptor: int) -> None:
         status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
         if not stat.S_ISDIR(status.st_mode):
             os.unlink(name, dir_fd=descriptor)
-        elif btrfs.is_subvolume_root(status):
-            btrfs.destroy_subvolume(descriptor, name)
-        else:
+        elif not (btrfs.is_subvolume_root(status) and _destroy_subvolume(descriptor, name)):
             remove_tree(path / name)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(MARK, dir_fd=descriptor)
+
+
+def _destroy_subvolume(directory: int, name: str) -> bool:
+    """Destroy a snapshot; False if it is none after all: on other file systems any directory may have its number."""
+    try:
+        btrfs.destroy_subvolume(directory, name)
+    except OSError as error:
+        if error.errno == errno.ENOTTY:
+            return False
+        raise
+    return True

@@ -97,17 +97,28 @@ def take_btrfs(tree: OpenTree, area: Path, installation: str) -> BtrfsSnapshot:
 
 
 def find_place(descriptor: int) -> Place:
-    """The subvolume of a directory, and its path in it. Raises OSError if it is not on btrfs or cannot be told."""
+    """The subvolume of a directory, and its path in it.
+
+    Raises OSError if it is not on btrfs, SnapshotError if no snapshot could be taken through its mount.
+    """
     information = bytearray(1024)
     syscalls.ioctl(descriptor, _FS_INFO, information)
+    os.close(_open_subvolume_root(descriptor))
     file_system = uuid.UUID(bytes=bytes(information[16:32]))
     subvolume, _ = _look_up(descriptor, _FIRST_FREE_OBJECTID)
-    root = _open_subvolume_root(descriptor)
+    return Place(f"{file_system}:{subvolume}", find_path(descriptor))
+
+
+def find_path(descriptor: int) -> str:
+    """The path of a directory in its subvolume as it is now. Raises OSError, SnapshotError if it cannot be told."""
     try:
-        path = _path_below(descriptor, root)
-    finally:
-        os.close(root)
-    return Place(f"{file_system}:{subvolume}", path)
+        return _look_up(descriptor, os.fstat(descriptor).st_ino)[1]
+    except PermissionError:
+        root = _open_subvolume_root(descriptor)
+        try:
+            return _path_by_name(descriptor, root)
+        finally:
+            os.close(root)
 
 
 def holds_subvolumes(descriptor: int) -> bool:
@@ -139,7 +150,7 @@ def holds_subvolumes(descriptor: int) -> bool:
 
 
 def is_subvolume_root(status: os.stat_result) -> bool:
-    """Whether a directory's stat is that of a subvolume's top. The caller knows that it is on btrfs, or our own."""
+    """Whether a directory's stat is that of a subvolume's top, if it is on btrfs."""
     return stat.S_ISDIR(status.st_mode) and status.st_ino == _FIRST_FREE_OBJECTID
 
 
@@ -220,13 +231,6 @@ def _open_subvolume_root(descriptor: int) -> int:
         os.close(current)
         raise
     return current
-
-
-def _path_below(descriptor: int, root: int) -> str:
-    try:
-        return _look_up(descriptor, os.fstat(descriptor).st_ino)[1]
-    except PermissionError:
-        return _path_by_name(descriptor, root)
 
 
 def _path_by_name(descriptor: int, root: int) -> str:

@@ -15,7 +15,7 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from zonebundle.errors import ZoneBundleError
@@ -87,28 +87,27 @@ def choose(descriptor: int, path: str, rules: StagingRules) -> Choice:
     status = os.fstat(descriptor)
     key = (path, status.st_dev, status.st_ino)
     known = _choices.get(key)
-    if known is not None and known.holds(rules):
-        if known.choice.kind is not Kind.BTRFS or not _nests(descriptor):
-            return known.choice
-        return known.choice.without_snapshot()
+    if known is None or not known.holds(rules):
+        try:
+            choice, identity = _find(descriptor, path, status, rules)
+        except (OSError, ZoneBundleError) as error:
+            choice, identity = Choice(Kind.COPY, warning=_warning(path, str(error))), None
+        if len(_choices) >= _MOST:
+            _choices.clear()
+        known = _choices[key] = _Remembered(rules, choice, identity, time.monotonic() + _RETRY)
+    return _adapt(known.choice, descriptor) if known.choice.kind is Kind.BTRFS else known.choice
+
+
+def _adapt(choice: Choice, descriptor: int) -> Choice:
+    """A choice for a snapshot, with what the zone can change at any time: nested subvolumes, the directory's path."""
     try:
-        choice, identity = _find(descriptor, path, status, rules)
-    except (OSError, ZoneBundleError) as error:
-        choice, identity = Choice(Kind.COPY, warning=_warning(path, str(error))), None
-    if len(_choices) >= _MOST:
-        _choices.clear()
-    _choices[key] = _Remembered(rules, choice, identity, time.monotonic() + _RETRY)
-    if choice.kind is Kind.BTRFS and _nests(descriptor):
+        # A nested subvolume would be empty in the snapshot; staging walks into it.
+        if btrfs.holds_subvolumes(descriptor):
+            return choice.without_snapshot()
+        path = btrfs.find_path(descriptor)
+    except (OSError, ZoneBundleError):
         return choice.without_snapshot()
-    return choice
-
-
-def _nests(descriptor: int) -> bool:
-    # A subvolume that the zone nests below its logs would be empty in the snapshot; staging walks into it.
-    try:
-        return btrfs.holds_subvolumes(descriptor)
-    except OSError:
-        return True
+    return choice if path == choice.subpath else replace(choice, subpath=path)
 
 
 def forget() -> None:
