@@ -235,7 +235,7 @@ def test_commands_inside_that_misbehave(agent: AgentProcess, runc_bundle: MakeBu
     assert hold < BUDGET + 1.5
     wait.until(lambda: not sleepers(mark), what="no process of a command is left")
     contents = agent.contents(container.id, bundle_id)
-    check_misbehaved(contents)
+    check_misbehaved(contents, pipe_holds=True)
     assert lines(contents[APP_LOG]) == (["first words"] if living else LOGS)
     if living:
         assert container.state()["status"] == "running"

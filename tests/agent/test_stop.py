@@ -156,6 +156,7 @@ async def test_fifty_stops_never_wait_for_the_sealer(agent: AgentProcess, how: s
         sealer = (await client.get("/healthz")).json()["pids"]["sealer"][0]
         os.kill(sealer, how)
         answers = await asyncio.gather(*(client.post(f"/zones/{name}/stop") for name in names))
+        assert [answer.text for answer in answers if answer.status_code != 200] == []
         bundles = {
             name: answer.json()["bundle"]["id"]["bundle_id"] for name, answer in zip(names, answers, strict=True)
         }

@@ -77,7 +77,7 @@ async def settled(processes: Processes, name: str) -> Zone:
 
     def idle() -> bool:
         life = adopt.read_life(processes.directory(name))
-        return supervisors(processes) <= ({life.supervisor.pid, life.init.pid} if life else set())
+        return supervisors(processes) <= ({life.supervisor.pid} if life else set())
 
     await until_async(idle)
     return await processes.find(name)
@@ -125,7 +125,7 @@ async def test_whoever_is_killed_while_a_zone_starts_leaves_nothing_or_a_zone(
                         os.kill(supervisor, signal.SIGKILL)
             if victim == "supervisor":
                 # The agent is told that the start failed, and ends, or finds the zone running.
-                await until_async(lambda: process.poll() is not None or started(processes, name))
+                await until_async(lambda: has_answer(processes, name, process))
         zone = await settled(processes, name)
         if zone.state == "running":
             with pytest.raises(ConflictError):
@@ -140,9 +140,9 @@ async def test_whoever_is_killed_while_a_zone_starts_leaves_nothing_or_a_zone(
         await processes.runtime.stop(zone, Grace(0))
 
 
-def started(processes: Processes, name: str) -> bool:
-    life = adopt.read_life(processes.directory(name))
-    return life is not None and proc.is_alive(life.init)
+async def has_answer(processes: Processes, name: str, agent: subprocess.Popen[str]) -> bool:
+    sight = await adopt.look(processes.directory(name))
+    return agent.poll() is not None or (sight is not None and bool(sight.processes))
 
 
 async def test_a_supervisor_whose_agent_died_before_it_began_still_makes_a_zone_that_is_found(

@@ -150,6 +150,30 @@ async def test_children_of_every_thread_are_found(processes: Processes) -> None:
     await stopped_wholly(processes, zone, members)
 
 
+async def test_a_term_that_a_child_lost_between_fork_and_exec_is_sent_again(processes: Processes) -> None:
+    # As a shell with a trap: the child has the handler for a while, and then becomes a program without one.
+    code = (
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: open('caught', 'w').close())\n"
+        "open('ready', 'w').close()\n"
+        "while not os.path.exists('caught'): time.sleep(0.001)\n"
+        "os.execvp('sleep', ['sleep', '1000'])\n"
+    )
+    processes.add("web", sys.executable, "-c", code)
+    zone, members = await running(processes, "web", 1)
+    await until_async(lambda: (processes.root / "ready").exists())
+    await stopped_wholly(processes, zone, members, 3600)
+    assert (processes.root / "caught").exists()
+
+
+async def test_what_a_handler_starts_to_end_well_is_not_asked_to_end(processes: Processes) -> None:
+    name = processes.make("trap 'sleep 0.3; echo saved; exit 0' TERM; touch ready; sleep 1000 & wait")
+    zone, members = await running(processes, name, 2)
+    await until_async(lambda: (processes.root / "ready").exists())
+    await stopped_wholly(processes, zone, members, 3600)
+    assert processes.console(name) == "saved\n"
+
+
 async def test_a_zone_that_stops_itself_ends_at_term(processes: Processes) -> None:
     zone, members = await running(processes, processes.make("sleep 1000 & kill -STOP $! $$"), 2)
     await until_async(lambda: {fields[proc.STATE] for fields in map(stat, members)} == {"T"})

@@ -79,6 +79,7 @@ class Agent:
                 self._link.seal(bundle_id)
             await self._warm_up()
             self._resuming = [asyncio.create_task(self._resume(intent)) for intent in interrupted]
+            self._resuming += [asyncio.create_task(self._finish_removal(intent)) for intent in recovery.unremoved]
         except OSError as error:
             await self.close()
             raise ZoneBundleError(f"the agent cannot start: {error}") from error
@@ -227,6 +228,22 @@ class Agent:
             self.seal(intent.metadata.bundle_id, captured)
         except ZoneBundleError as error:
             _log.error("could not finish an interrupted hold", zone=name, reason=str(error))
+            reason = f"the interrupted hold could not be finished: {error}; the next start tries again"
+            known = self._catalogue.get(intent.metadata.bundle_id)
+            # Where only the removal failed, the bundle is on its way.
+            if known is None or known.state is BundleState.CAPTURING:
+                self._catalogue.put(BundleEntry(intent.metadata, BundleState.CAPTURING))
+                self._on_sealer_event({"failed": {"id": intent.metadata.bundle_id, "reason": reason}})
+
+    async def _finish_removal(self, intent: Intent) -> None:
+        """The evidence was recorded when the agent died: the zone may go, if it is still there, then the seal begins."""
+        try:
+            await (await self.runner(intent.metadata.zone)).finish_removal(intent)
+        except NoSuchZoneError:
+            pass
+        except ZoneBundleError as error:
+            _log.error("could not finish an interrupted removal", zone=intent.metadata.zone, reason=str(error))
+        self._link.seal(intent.metadata.bundle_id)
 
     def _on_sealer_event(self, event: dict[str, Any]) -> None:
         self.bundles.on_sealer_event(event)

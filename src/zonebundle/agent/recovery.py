@@ -20,7 +20,11 @@ _log = structlog.get_logger()
 
 
 class Recovery:
-    """Sorts the spool: nothing begun → removed; intent without record → to be finished; record → to be sealed."""
+    """Sorts the spool: nothing begun → removed; intent without record → to be finished; record → to be sealed.
+
+    After `run`, `recorded` are the bundles to be sealed, `unremoved` the intents of those whose zone may still have to
+    be removed first: a record does not tell whether that was done.
+    """
 
     def __init__(self, spool: Spool, state: StateDir, installation: str, threads: Executor) -> None:
         self._spool = spool
@@ -28,6 +32,7 @@ class Recovery:
         self._installation = installation
         self._threads = threads
         self.recorded: list[str] = []
+        self.unremoved: list[Intent] = []
 
     async def run(self, catalogue: Catalogue) -> list[Intent]:
         """Clean up and list what is recorded; returns the intents that have to be finished."""
@@ -45,6 +50,8 @@ class Recovery:
                 self._spool.remove(entry.bundle_id)
             else:
                 await asyncio.get_running_loop().run_in_executor(self._threads, self._clear, entry.intent, in_use)
+                # Listed at once, though the zone has to be found first.
+                catalogue.put(BundleEntry(entry.intent.metadata, BundleState.CAPTURING))
                 interrupted.append(entry.intent)
         return interrupted
 
@@ -65,7 +72,10 @@ class Recovery:
                 graceful_seconds=header.graceful_seconds,
             )
         )
-        self.recorded.append(entry.bundle_id)
+        if entry.intent is not None and entry.intent.remove:
+            self.unremoved.append(entry.intent)
+        else:
+            self.recorded.append(entry.bundle_id)
 
     def _clear(self, intent: Intent, in_use: set[str]) -> None:
         """Destroy what the interrupted hold had taken; it is taken again. By name, mark and intent."""

@@ -133,12 +133,15 @@ class ZoneRunner:
             await self._runtime.stop(zone, grace)
             captured = await self._bundle_for_joiner(intent)
         failure = captured.failure if captured else None
-        if asked.remove and failure is None:
-            await self._runtime.remove(zone)
-            trace.point("stop.removed")
-        trace.point("stop.released")
-        if captured is not None:
-            self._evidence.seal(intent.metadata.bundle_id, captured)
+        try:
+            if asked.remove and failure is None:
+                await self._runtime.remove(zone)
+                trace.point("stop.removed")
+            trace.point("stop.released")
+        finally:
+            # Evidence that is safe is sealed, whatever became of the removal.
+            if captured is not None:
+                self._evidence.seal(intent.metadata.bundle_id, captured)
         if failure is not None:
             raise failure
         return self._result(intent, captured, begin)
@@ -220,11 +223,21 @@ class ZoneRunner:
                     captured = await self._evidence.hold(intent, probe=True, living=True)
             else:
                 captured = await self._evidence.hold(intent, probe=False, living=runs, gaps=(_lost(runs),))
-            # Another incarnation is not ours to remove.
-            if zone is not None and intent.remove and captured.failure is None and (same or not runs):
-                await self._runtime.remove(zone)
-            self._evidence.seal(intent.metadata.bundle_id, captured)
+            try:
+                # Another incarnation is not ours to remove: the runtime compares a stopped one with the intent's.
+                if zone is not None and intent.remove and captured.failure is None and (same or not runs):
+                    await self._runtime.remove(intent.zone)
+            finally:
+                self._evidence.seal(intent.metadata.bundle_id, captured)
         return self._result(intent, captured, begin)
+
+    async def finish_removal(self, intent: Intent) -> None:
+        """Remove the zone whose evidence an agent that died had recorded; not one that runs, or is another life."""
+        async with self._turn:
+            zone = await self._runtime.find(self.name)
+            if zone is not None and zone.state != "running":
+                # As the intent names it: the runtime compares.
+                await self._runtime.remove(intent.zone)
 
     def _result(self, intent: Intent, captured: Captured | None, begin: float) -> StopResult:
         if captured is None:

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,10 +25,10 @@ from zonebundle.capture.order import FinishOrder, HoldOrder, HoldSettings
 from zonebundle.capture.record_writer import RecordWriter
 from zonebundle.errors import HostError, SnapshotError
 from zonebundle.host import proc, trace
-from zonebundle.host.process import kill_strays
+from zonebundle.host.process import kill_marked, kill_strays
 from zonebundle.model.record import COMMANDS_FILE, LIVE, Area, LogFile, RecordHeader, SnapshotTree
 from zonebundle.model.report import Gap, Outcome, Step
-from zonebundle.model.zone import LogTree, ProcessRef
+from zonebundle.model.zone import COMMAND_MARK, LogTree, ProcessRef
 from zonebundle.snapshots.areas import prepare_area
 from zonebundle.snapshots.base import Choice, OpenTree, StagingRules
 from zonebundle.snapshots.btrfs import take_btrfs
@@ -73,7 +74,7 @@ class Hold:
             look = Look(self._order, self._evidence, self._in_thread, self._note_command)
             await look.run(self._go, deadline)
             if look.ran_commands:
-                await self._bounded("stray processes", kill_strays, time.monotonic() + 1.0)
+                await self._bounded("stray processes", self._kill_strays, time.monotonic() + 1.0)
         # What hangs now is asked for once more before the snapshot: logs are the last thing to be given up.
         patience = max(deadline - time.monotonic(), self._settings.budget * _OPEN_SHARE)
         await asyncio.wait({self._opening}, timeout=patience)
@@ -82,6 +83,12 @@ class Hold:
             "staging": sorted({choice.staging for _, choice in self._choices if choice.staging is not None}),
             "warnings": sorted({choice.warning for _, choice in self._choices if choice.warning}),
         }
+
+    def _kill_strays(self) -> None:
+        """End what commands left: on the host it has become this process's, inside a container it is marked."""
+        kill_strays()
+        if self._order.intent.zone.command_prefix:
+            kill_marked(self._order.intent.zone.membership, COMMAND_MARK)
 
     async def take_snapshot(self, group: str) -> dict[str, Any]:
         """Take the snapshot of one group, that this bundle leads; its area is reported."""
@@ -304,4 +311,5 @@ class _Counted:
         elif isinstance(item, Gap):
             self._evidence.gap(item.what, item.reason)
         else:
-            self._evidence.add(item)
+            # The staging knows no clock of the hold.
+            self._evidence.add(replace(item, start=time.monotonic() - self._evidence.began))

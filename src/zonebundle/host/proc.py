@@ -60,6 +60,26 @@ def is_living(fields: list[str] | None) -> TypeGuard[list[str]]:
     return fields[STATE] != "Z" or int(fields[THREADS]) > 1
 
 
+def read_status(pid: int) -> dict[str, str] | None:
+    """The lines of /proc/PID/status by their names; None if there is no such process.
+
+    The process's own name comes first and has its newlines escaped: it cannot stand in for another line.
+    """
+    data = _read(f"/proc/{pid}/status")
+    if data is None:
+        return None
+    lines = (line.partition(":") for line in data.decode("utf-8", "replace").split("\n"))
+    return {name: value.strip() for name, _, value in lines}
+
+
+def has_default_action(process: ProcessRef, number: signal.Signals) -> bool:
+    """Whether this very process lives and neither catches nor ignores the signal."""
+    status = read_status(process.pid)
+    if status is None or not is_alive(process):
+        return False
+    return not (int(status["SigIgn"], 16) | int(status["SigCgt"], 16)) & 1 << (number - 1)
+
+
 def identify(pid: int) -> ProcessRef | None:
     """The process that has this PID now, None if there is none or it is a zombie."""
     fields = read_stat(pid)

@@ -12,11 +12,12 @@ import subprocess
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from zonebundle.host import proc
 from zonebundle.model.report import Outcome
-from zonebundle.model.zone import ProcessRef
+from zonebundle.model.zone import Membership, ProcessRef
 
 DEFAULT_LIMIT = 1 << 20
 _READ = 64 << 10
@@ -300,6 +301,29 @@ def kill_strays() -> int:
         for pid in left:
             _reap(pid, deadline)
     return killed
+
+
+def kill_marked(membership: Membership, mark: str) -> int:
+    """Kill the zone's processes that carry `mark` in their environment; returns how many.
+
+    What a command forks inside a container and leaves is the container's orphan, not ours. Reading an environment can
+    wait for a lock of its process: run it in a thread that can be abandoned.
+    """
+    killed: set[ProcessRef] = set()
+    # Killed ones may be seen dying; a fork between the look and the kill is seen by the next look.
+    while fresh := {process for process in proc.members(membership) if _is_marked(process, mark)} - killed:
+        for process in fresh:
+            with contextlib.suppress(PermissionError):
+                proc.send_signal(process, signal.SIGKILL)
+        killed |= fresh
+    return len(killed)
+
+
+def _is_marked(process: ProcessRef, mark: str) -> bool:
+    try:
+        return os.fsencode(mark) in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
 
 
 def _reap(pid: int, deadline: float) -> None:

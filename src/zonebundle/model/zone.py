@@ -37,6 +37,10 @@ class Membership:
     cgroup: str | None = None
 
 
+# In the environment of commands that a runtime runs inside a zone: what they leave there is told by it from the zone's own.
+COMMAND_MARK = "ZONE_BUNDLE_COMMAND=1"
+
+
 @dataclass(frozen=True, slots=True)
 class LogTree:
     """A directory in which logs are looked for.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 from collections.abc import Iterable
 
@@ -21,6 +22,9 @@ _ASK = (signal.SIGTERM, signal.SIGCONT)
 _FREEZE_ROUNDS = 32
 _FIRST_PAUSE = 0.01
 _LONGEST_PAUSE = 0.2
+_LONGEST_REMINDER = 1.0
+
+log = logging.getLogger(__name__)
 
 
 async def end(
@@ -32,20 +36,55 @@ async def end(
     the first KILL, naming it.
     """
     gone = asyncio.ensure_future(tree.gone())
+    reminding: asyncio.Future[None] | None = None
     try:
-        if ask is not None:
-            await _send(ask, *_ASK)
-        else:
-            asked = dict.fromkeys(await tree.scan())
-            await _send(asked, *_ASK)
-            # Who was forked between the look and the signal has not been asked. A default action has ended its parent
-            # by now, so this second look finds it with whoever adopted it.
-            await _send([process for process in await tree.scan() if process not in asked], *_ASK)
+        reminding = asyncio.ensure_future(_remind(await _ask_to_end(tree, ask)))
         if not await grace.wait(gone):
             await _kill(tree, what, gone, patience)
     finally:
-        gone.cancel()
-        await asyncio.wait({gone})
+        await _end_task(gone)
+        if reminding is not None and (error := await _end_task(reminding)) is not None:
+            log.warning("those of %s that had missed the TERM were not asked again: %s", what, error)
+
+
+async def _end_task(task: asyncio.Future[None]) -> BaseException | None:
+    task.cancel()
+    await asyncio.wait({task})
+    return None if task.cancelled() else task.exception()
+
+
+async def _ask_to_end(tree: Tree, ask: Iterable[ProcessRef] | None) -> list[ProcessRef]:
+    if ask is not None:
+        asked = list(ask)
+        await _send(asked, *_ASK)
+        return asked
+    asked = dict.fromkeys(await tree.scan())
+    await _send(asked, *_ASK)
+    # Who was forked between the look and the signal has not been asked. A default action has ended its parent by now,
+    # so this second look finds it with whoever adopted it.
+    late = [process for process in await tree.scan() if process not in asked]
+    await _send(late, *_ASK)
+    return [*asked, *late]
+
+
+async def _remind(asked: list[ProcessRef]) -> None:
+    """Ask those again by whom the TERM was lost.
+
+    Between fork and exec a child still has its parent's handler, and forgets with the exec what that has noted: stopped
+    shortly after their start, shells with a trap often leave such children. Who lives with TERM at its default action
+    cannot have got it. What a handler starts now was never asked and is let be.
+    """
+    pause = _FIRST_PAUSE
+    while asked:
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_REMINDER)
+        asked = [process for process in asked if proc.is_alive(process)]
+        lost = []
+        for process in asked:
+            await give_way()
+            if proc.has_default_action(process, signal.SIGTERM):
+                lost.append(process)
+        await _send(lost, signal.SIGTERM)
 
 
 async def _kill(tree: Tree, what: str, gone: asyncio.Future[None], patience: float) -> None:

@@ -53,14 +53,14 @@ def _identify(path: str, text: bytes, status: os.stat_result) -> ProcessRef | No
         return None
     if pid in (1, os.getpid(), os.getppid()):
         raise _doubt(path, f"process {pid} is {'the first of the host' if pid == 1 else 'the agent or its parent'}")
-    facts, fields = _read_status(pid), proc.read_stat(pid)
+    facts, fields = proc.read_status(pid), proc.read_stat(pid)
     if facts is None or fields is None:
         return None
     if int(fields[_FLAGS]) & _PF_KTHREAD:
         raise _doubt(path, f"{pid} is a thread of the kernel")
-    if int(facts["Tgid"][0]) != pid:
-        raise _doubt(path, f"{pid} is a thread of process {facts['Tgid'][0]}")
-    user = int(facts["Uid"][0])
+    if int(facts["Tgid"]) != pid:
+        raise _doubt(path, f"{pid} is a thread of process {facts['Tgid']}")
+    user = int(facts["Uid"].split()[0])
     if status.st_uid not in (0, os.geteuid(), user):
         raise _doubt(path, f"it is owned by user {status.st_uid}, but process {pid} runs as user {user}")
     return process if proc.is_alive(process) else None
@@ -69,15 +69,6 @@ def _identify(path: str, text: bytes, status: os.stat_result) -> ProcessRef | No
 def _start_on_clock(process: ProcessRef) -> float:
     boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     return boot + process.start_time / os.sysconf("SC_CLK_TCK")
-
-
-def _read_status(pid: int) -> dict[str, list[str]] | None:
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            lines = file.read().decode("utf-8", "replace").split("\n")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
 
 
 def _doubt(path: str, reason: str) -> RuntimeFailedError:
