@@ -10,6 +10,7 @@ from support import wait
 from support.agents import AgentProcess
 from support.misbehaving import BUDGET, check_misbehaved, sleepers, write_scripts
 
+
 def settings(mark: str, directory: Path) -> str:
     commands = [[str(program)] for program in write_scripts(mark, directory)]
     return f'[hold]\nbudget = "{BUDGET}s"\n[evidence]\ncommands = {json.dumps(commands)}\nstacks = "kernel"\n'

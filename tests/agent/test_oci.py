@@ -337,9 +337,7 @@ def test_removed_behind_our_back_while_the_agent_was_dead(
     assert agent.get(f"/zones/{container.id}").status_code == 404
 
 
-def test_a_new_container_of_the_same_name_is_left_alone_by_recovery(
-    agent: AgentProcess, container: RuncBundle
-) -> None:
+def test_a_new_container_of_the_same_name_is_left_alone_by_recovery(agent: AgentProcess, container: RuncBundle) -> None:
     crash_during_stop(agent, container, "stop.terminated", remove=True)
     container.delete()
     run(container)

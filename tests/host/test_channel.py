@@ -170,3 +170,36 @@ async def test_the_death_of_the_peer_wakes_the_wait() -> None:
     with pytest.raises(ChannelClosed):
         await waiting
     end.close()
+
+
+async def test_closing_leaves_whoever_gets_the_descriptors_number_next_alone(ends: Ends) -> None:
+    end = Channel(ends[0])
+    number = ends[0].fileno()
+    receiving = asyncio.create_task(end.receive())
+    await asyncio.sleep(0)
+    receiving.cancel()
+    end.close()
+    reader, writer = os.pipe()
+    if reader != number:
+        os.dup2(reader, number)
+        os.close(reader)
+    readable = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(number, readable.set)
+    try:
+        await asyncio.gather(receiving, return_exceptions=True)
+        os.write(writer, b"x")
+        await asyncio.wait_for(readable.wait(), 5)
+    finally:
+        loop.remove_reader(number)
+        os.close(number)
+        os.close(writer)
+
+
+async def test_closing_ends_the_receiver(ends: Ends) -> None:
+    end = Channel(ends[0])
+    receiving = asyncio.create_task(end.receive())
+    await asyncio.sleep(0)
+    end.close()
+    with pytest.raises(ChannelClosed):
+        await asyncio.wait_for(receiving, 5)

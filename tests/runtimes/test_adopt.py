@@ -128,8 +128,9 @@ async def test_whoever_is_killed_while_a_zone_starts_leaves_nothing_or_a_zone(
                 await until_async(lambda: has_answer(processes, name, process))
         zone = await settled(processes, name)
         if zone.state == "running":
-            with pytest.raises(ConflictError):
-                await processes.runtime.start(name)
+            # It may have ended since: its console died with the supervisor, and saying a word ends it.
+            with contextlib.suppress(ConflictError):
+                zone = await processes.runtime.start(name)
         members = proc.members(zone.membership)
         await processes.runtime.stop(zone, Grace(0))
         assert living(members) == []

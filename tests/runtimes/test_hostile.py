@@ -17,6 +17,7 @@ from zonebundle.host import proc
 from zonebundle.model.zone import ProcessRef, Zone
 from zonebundle.runtimes import adopt
 from zonebundle.runtimes.base import Grace
+from zonebundle.runtimes.tree import SupervisedTree
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
 
@@ -167,11 +168,30 @@ async def test_a_term_that_a_child_lost_between_fork_and_exec_is_sent_again(proc
 
 
 async def test_what_a_handler_starts_to_end_well_is_not_asked_to_end(processes: Processes) -> None:
-    name = processes.make("trap 'sleep 0.3; echo saved; exit 0' TERM; touch ready; sleep 1000 & wait")
-    zone, members = await running(processes, name, 2)
-    await until_async(lambda: (processes.root / "ready").exists())
+    name = processes.make("trap 'sleep 0.05 && echo saved; exit 0' TERM; touch ready; sleep 1000 & wait")
+    for times in range(1, 11):
+        zone, members = await running(processes, name, 2)
+        await until_async(lambda: (processes.root / "ready").exists())
+        await stopped_wholly(processes, zone, members, 3600)
+        assert processes.console(name) == "saved\n" * times
+        (processes.root / "ready").unlink()
+
+
+async def test_what_was_forked_as_the_signal_came_is_asked_too(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The first look finds one process less than there are.
+    zone, members = await running(processes, processes.make("sleep 1000 & sleep 1000 & wait"), 3)
+    scan, looks = SupervisedTree.scan, 0
+
+    async def short_of_one(tree: SupervisedTree) -> list[ProcessRef]:
+        nonlocal looks
+        looks += 1
+        found = await scan(tree)
+        return found[:-1] if looks == 1 else found
+
+    monkeypatch.setattr(SupervisedTree, "scan", short_of_one)
     await stopped_wholly(processes, zone, members, 3600)
-    assert processes.console(name) == "saved\n"
 
 
 async def test_a_zone_that_stops_itself_ends_at_term(processes: Processes) -> None:

@@ -236,7 +236,7 @@ class Agent:
                 self._on_sealer_event({"failed": {"id": intent.metadata.bundle_id, "reason": reason}})
 
     async def _finish_removal(self, intent: Intent) -> None:
-        """The evidence was recorded when the agent died: the zone may go, if it is still there, then the seal begins."""
+        """The evidence was recorded when the agent died: the zone goes, if it is still there, then the seal begins."""
         try:
             await (await self.runner(intent.metadata.zone)).finish_removal(intent)
         except NoSuchZoneError:
@@ -254,7 +254,9 @@ def _open_store(directory: Path) -> StoreReader:
     try:
         make_private_directory(directory)
         usable = os.access(directory, os.R_OK | os.W_OK | os.X_OK)
-        reason = "permission denied"
+        # access(2) says no without saying why.
+        read_only = not usable and os.statvfs(directory).f_flag & os.ST_RDONLY
+        reason = "the file system is mounted read-only" if read_only else "permission denied"
     except OSError as error:
         usable, reason = False, error.strerror or str(error)
     if not usable:

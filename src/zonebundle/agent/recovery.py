@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from concurrent.futures import Executor
 from pathlib import Path
@@ -59,7 +60,7 @@ class Recovery:
         try:
             with (entry.path / RECORD_FILE).open("rb") as file:
                 header = RecordHeader.from_json(json.loads(file.readline()))
-        except (OSError, ValueError, KeyError, FormatError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, FormatError) as error:
             _log.error("capture record cannot be read; the entry is kept", path=str(entry.path), reason=str(error))
             if entry.intent is not None:
                 catalogue.put(BundleEntry(entry.intent.metadata, BundleState.FAILED, reason=str(error)))
@@ -95,5 +96,7 @@ def _areas_of(record: Path) -> set[str]:
     with record.open("rb") as file:
         for line in file:
             if line.startswith(b'{"area":'):
-                areas.add(json.loads(line)["area"]["path"])
+                # A damaged record is reported where it is listed.
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    areas.add(json.loads(line)["area"]["path"])
     return areas

@@ -12,7 +12,7 @@ from typing import Any
 
 from zonebundle.errors import AlreadyRunningError, FormatError, UnavailableError
 from zonebundle.host.files import make_private_directory, write_durably
-from zonebundle.model.ids import new_installation_id
+from zonebundle.model.ids import is_installation_id, new_installation_id
 
 STATE_FORMAT = 1
 _STATE_FILE = "state.json"
@@ -54,19 +54,16 @@ class StateDir:
     def _read(self) -> None:
         file = self.path / _STATE_FILE
         try:
-            self._state = json.loads(file.read_bytes())
+            self._state = _parse(file.read_bytes(), file)
         except FileNotFoundError:
-            self._state = {"state": STATE_FORMAT, "installation": new_installation_id(), "staging": []}
-            self._save()
+            state = {"state": STATE_FORMAT, "installation": new_installation_id(), "staging": []}
+            self._save(state)
+            self._state = state
         except ValueError as error:
             raise FormatError(f"{file} is damaged: {error}; restore it, or move the state directory away") from None
-        if self._state.get("state") != STATE_FORMAT:
-            raise FormatError(
-                f"{file} has format {self._state.get('state')!r}, not {STATE_FORMAT}: use a newer zonebundle"
-            )
 
-    def _save(self) -> None:
-        write_durably(self.path / _STATE_FILE, json.dumps(self._state, indent=1).encode() + b"\n")
+    def _save(self, state: dict[str, Any]) -> None:
+        write_durably(self.path / _STATE_FILE, json.dumps(state, indent=1).encode() + b"\n")
 
     @property
     def installation(self) -> str:
@@ -79,15 +76,34 @@ class StateDir:
         return list(self._state["staging"])
 
     async def remember(self, directories: list[str]) -> None:
-        """Make it durable that these staging directories are used, before they are. Known ones cost nothing."""
+        """Make it durable that these staging directories are used, before they are. Known ones cost nothing.
+
+        Raises OSError; they are not known then.
+        """
         if set(directories) <= set(self._state["staging"]):
             return
         async with self._saving:
-            self._state["staging"] = sorted({*self._state["staging"], *directories})
-            await asyncio.get_running_loop().run_in_executor(self._threads, self._save)
+            state = self._state | {"staging": sorted({*self._state["staging"], *directories})}
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._save, state)
+            self._state = state
 
     def close(self) -> None:
         """Give up the lock."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def _parse(data: bytes, file: Path) -> dict[str, Any]:
+    """The state, checked. Raises ValueError, FormatError for another format."""
+    state = json.loads(data)
+    if not isinstance(state, dict):
+        raise ValueError("not an object")  # noqa: TRY004 - one kind of error for all that is wrong
+    if state.get("state") != STATE_FORMAT:
+        raise FormatError(f"{file} has format {state.get('state')!r}, not {STATE_FORMAT}: use a newer zonebundle")
+    staging = state.get("staging")
+    if not isinstance(state.get("installation"), str) or not is_installation_id(state["installation"]):
+        raise ValueError("no installation ID")
+    if not isinstance(staging, list) or not all(isinstance(one, str) and os.path.isabs(one) for one in staging):
+        raise ValueError("'staging' is not a list of absolute paths")
+    return state

@@ -16,6 +16,7 @@ from zonebundle.agent.agent import Agent
 from zonebundle.api.downloads import download
 from zonebundle.errors import UsageError, ZoneBundleError
 from zonebundle.model.ids import check_bundle_id, check_zone_name
+from zonebundle.model.paths import printable
 from zonebundle.model.quantities import parse_duration
 from zonebundle.model.zone import Zone
 
@@ -123,6 +124,8 @@ def _zone_json(zone: Zone, stopping: bool) -> dict[str, Any]:
 
 def _error(request: Request, status: int, code: str, message: str) -> JSONResponse:
     request_id = request.headers.get("x-request-id") or str(uuid.uuid4())
+    # It quotes what was asked for: one line, and nothing that drives a terminal.
+    message = printable(message)
     if status >= 500:
         _log.error("request failed", path=request.url.path, reason=message, request_id=request_id)
     body = {"error_code": code, "message": message, "request_id": request_id}

@@ -56,7 +56,8 @@ async def _serve(config: Config) -> None:
             await server.serve(sockets)
             _notify_systemd("STOPPING=1")
         finally:
-            await agent.close()
+            with _signals_ignored():
+                await agent.close()
     _log.info("agent has stopped; zones run on")
 
 
@@ -131,6 +132,19 @@ class _Server(uvicorn.Server):
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """A second SIGTERM or SIGINT does not end what the first one waits for: stops on their way."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _notify_systemd(message: str) -> None:

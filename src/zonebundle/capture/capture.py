@@ -167,7 +167,11 @@ class Capturer:
     async def _take_snapshots(self, conduct: _Conduct) -> dict[str, SharedSnapshot]:
         """The snapshots that the zone's logs need, alone or shared. What none can be taken of is staged instead."""
         if directories := conduct.begun.get("staging"):
-            await self._staging.remember(directories)
+            try:
+                await self._staging.remember(directories)
+            except OSError as error:
+                # The intent and the record name the area as well: only a crash between the two could leave it behind.
+                _log.error("staging directories not noted; the stop goes on", reason=str(error))
         # One snapshot a bundle: its area's name is the bundle's. Logs on further subvolumes are staged by reflink.
         for group in conduct.begun.get("groups", [])[:1]:
 

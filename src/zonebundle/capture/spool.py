@@ -83,22 +83,27 @@ class Spool:
             if path.name.startswith("."):
                 # What the sealer is about to remove.
                 continue
-            try:
-                check_bundle_id(path.name)
-            except UsageError:
+            if not _is_entry(path):
                 _log.warning("not a spool entry; left alone", path=str(path))
                 continue
-            yield Pending(path.name, path, self._read_intent(path), (path / RECORD_FILE).exists())
+            recorded = (path / RECORD_FILE).exists()
+            try:
+                intent = self._read_intent(path)
+            except FormatError as error:
+                # Other zones have to be served all the same.
+                _log.error("a spool entry is damaged; its record is sealed, else it is left alone", reason=str(error))
+                if not recorded:
+                    continue
+                intent = None
+            yield Pending(path.name, path, intent, recorded)
 
     def _read_intent(self, path: Path) -> Intent | None:
         try:
             return Intent.from_json(json.loads((path / INTENT_FILE).read_bytes()))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise FormatError(
-                f"{path / INTENT_FILE} cannot be read: {error}; move the directory away to go on"
-            ) from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"{path / INTENT_FILE} cannot be read: {type(error).__name__}: {error}") from None
 
     def remove(self, bundle_id: str) -> None:
         """Remove an entry, with all it holds; a missing one is fine."""
@@ -108,7 +113,7 @@ class Spool:
         """Kill what the commands of a hold left running (its worker died before it could); returns how many."""
         ended = 0
         with contextlib.suppress(FileNotFoundError):
-            for line in (self.entry(bundle_id) / COMMANDS_FILE).read_text().splitlines():
+            for line in (self.entry(bundle_id) / COMMANDS_FILE).read_text(errors="replace").splitlines():
                 ended += _end_command(line)
         return ended
 
@@ -123,6 +128,13 @@ class Spool:
 
     def close(self) -> None:
         self._threads.shutdown(wait=True)
+
+
+def _is_entry(path: Path) -> bool:
+    try:
+        return check_bundle_id(path.name) == path.name and path.is_dir() and not path.is_symlink()
+    except UsageError:
+        return False
 
 
 def _end_command(line: str) -> int:

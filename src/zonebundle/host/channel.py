@@ -91,6 +91,7 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._watch: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
 
     def send(self, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
         """Send without waiting; raises ChannelClosed, or BlockingIOError if the peer does not read."""
@@ -105,12 +106,27 @@ class Channel:
             except BlockingIOError:
                 pass
             ready: asyncio.Future[None] = loop.create_future()
-            descriptor = self._sock.fileno()
-            loop.add_reader(descriptor, _wake, ready)
+            loop.add_reader(self._sock.fileno(), _wake, ready)
+            self._watch = loop, ready
             try:
                 await ready
             finally:
-                loop.remove_reader(descriptor)
+                self._unwatch()
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch[0].remove_reader(self._sock.fileno())
+            self._watch = None
 
     def close(self) -> None:
+        """Close our end; a task that receives gets ChannelClosed."""
+        if self._watch is not None:
+            _, ready = self._watch
+            # Now, not when that task comes to run: by then the descriptor's number may be somebody else's, whose
+            # reader would be removed in our place, and who would wait for ever.
+            self._unwatch()
+            if not ready.done():
+                ready.set_exception(ChannelClosed("this end was closed"))
+                # The task may have been cancelled, and not look at it.
+                ready.exception()
         self._sock.close()

@@ -72,12 +72,21 @@ def read_status(pid: int) -> dict[str, str] | None:
     return {name: value.strip() for name, _, value in lines}
 
 
+def catches(process: ProcessRef, number: signal.Signals) -> bool:
+    """Whether this very process lives and has a handler for the signal."""
+    return _is_in(process, number, "SigCgt")
+
+
 def has_default_action(process: ProcessRef, number: signal.Signals) -> bool:
     """Whether this very process lives and neither catches nor ignores the signal."""
+    return is_alive(process) and not _is_in(process, number, "SigCgt", "SigIgn")
+
+
+def _is_in(process: ProcessRef, number: signal.Signals, *sets: str) -> bool:
     status = read_status(process.pid)
     if status is None or not is_alive(process):
         return False
-    return not (int(status["SigIgn"], 16) | int(status["SigCgt"], 16)) & 1 << (number - 1)
+    return any(int(status[name], 16) & 1 << (number - 1) for name in sets)
 
 
 def identify(pid: int) -> ProcessRef | None:

@@ -52,6 +52,11 @@ def new_installation_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
+def is_installation_id(text: str) -> bool:
+    """Whether it looks as `new_installation_id` makes them."""
+    return re.fullmatch(r"[0-9a-f]{12}", text) is not None
+
+
 def snapshot_name(installation: str, leader_bundle_id: str) -> str:
     """The name of the snapshot or staging area that a bundle leads: `zb-<installation>-<bundle>`."""
     return f"zb-{installation}-{leader_bundle_id}"

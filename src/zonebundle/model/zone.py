@@ -37,7 +37,7 @@ class Membership:
     cgroup: str | None = None
 
 
-# In the environment of commands that a runtime runs inside a zone: what they leave there is told by it from the zone's own.
+# In the environment of commands that a runtime runs inside a zone: by it, what they leave is told from the zone's own.
 COMMAND_MARK = "ZONE_BUNDLE_COMMAND=1"
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from zonebundle.errors import RuntimeFailedError
 from zonebundle.host import proc
@@ -58,13 +58,27 @@ async def _ask_to_end(tree: Tree, ask: Iterable[ProcessRef] | None) -> list[Proc
         asked = list(ask)
         await _send(asked, *_ASK)
         return asked
-    asked = dict.fromkeys(await tree.scan())
-    await _send(asked, *_ASK)
-    # Who was forked between the look and the signal has not been asked. A default action has ended its parent by now,
-    # so this second look finds it with whoever adopted it.
-    late = [process for process in await tree.scan() if process not in asked]
+    first = {process.pid: process for process in await tree.scan()}
+    catching = set()
+    for process in first.values():
+        await give_way()
+        if proc.catches(process, signal.SIGTERM):
+            catching.add(process.pid)
+    await _send(first.values(), *_ASK)
+    # Who was forked between the look and the signal has not been asked yet.
+    late = [process for process in await tree.scan() if first.get(process.pid) != process]
+    late = [process for process in late if not _may_be_of_a_handler(process, first.keys(), catching)]
     await _send(late, *_ASK)
-    return [*asked, *late]
+    return [*first.values(), *late]
+
+
+def _may_be_of_a_handler(process: ProcessRef, asked: Collection[int], catching: Collection[int]) -> bool:
+    """Whether a new process may have been started by somebody's TERM handler, to end well: that one is let be."""
+    fields = proc.read_stat(process.pid)
+    if fields is not None and (parent := int(fields[proc.PARENT])) in asked:
+        return parent in catching
+    # Its parent has ended meanwhile, by a default action or a handler's exit.
+    return bool(catching)
 
 
 async def _remind(asked: list[ProcessRef]) -> None:
