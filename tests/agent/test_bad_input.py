@@ -91,6 +91,7 @@ def test_requests_that_are_wrong(agent: AgentProcess) -> None:
     assert agent.zone_state("web") == "running"
     assert agent.bundles("web") == []
     assert agent.spool_entries() == []
+    assert agent.stop_zone("web", grace="9999999999999d")["gaps"] == 0
     assert "Traceback" not in agent.log.read_text()
 
 
@@ -218,6 +219,7 @@ def test_a_read_only_mount(agent: AgentProcess, tmpfs_dir: Path, what: str) -> N
     assert "cannot be" in line and "read-only" in line.lower()
 
 
+@pytest.mark.slow
 def test_a_store_of_a_newer_format(agent: AgentProcess) -> None:
     agent.add_zone("web")
     agent.start().start_zones()
@@ -282,6 +284,7 @@ def test_garbage_in_the_spool_costs_only_itself(agent: AgentProcess) -> None:
     assert "Traceback" not in agent.log.read_text()
 
 
+@pytest.mark.slow
 def test_sigterm_during_a_stop(agent: AgentProcess) -> None:
     root = agent.add_zone("web", ["sh", "-c", TALKS.replace("trap '", "trap 'sleep 1; ")])
     agent.start().start_zones()
@@ -338,6 +341,7 @@ def test_a_full_disk_under_the_state(full_disk: Path, agent: AgentProcess, tmp_p
     state.mkdir(mode=0o700)
     agent.state.symlink_to(state)
     agent.store = tmp_path / "store"
+    agent.settings = '[hold]\nbudget = "20s"\n[evidence]\ncommands = [["echo", "hello"]]\n'
     root = agent.add_zone("web", ["sh", "-c", TALKS])
     (root / "logs/app.log.1").write_bytes(b"rotated\n" * 1000)
     agent.start().start_zones()
@@ -351,9 +355,12 @@ def test_a_full_disk_under_the_state(full_disk: Path, agent: AgentProcess, tmp_p
     assert told["state"] == "stopped"
     assert (root / "logs/app.log").read_bytes() == b"first words\nlast words\n"
     assert "Traceback" not in agent.log.read_text()
+    # Nothing waits for an intent that cannot be written.
+    assert told["hold_seconds"] < 10
     if told["bundle"] is None:
         assert not reserve
-        assert told["gaps"] > 0
+        assert {gap["what"] for gap in told["reasons"]} == {"not-recoverable", "bundle"}
+        assert told["gaps"] == 2
         assert "No space left on device" in str(told["reasons"])
     else:
         bundle_id = told["bundle"]["id"]["bundle_id"]

@@ -187,6 +187,7 @@ def test_stop_with_removal(agent: AgentProcess, container: RuncBundle) -> None:
     assert agent.post(f"/zones/{container.id}/stop").status_code == 404
 
 
+@pytest.mark.slow
 def test_create_then_stop_then_start_again(agent: AgentProcess, container: RuncBundle) -> None:
     pid = run(container)
     agent.start()
@@ -325,6 +326,7 @@ def test_killed_during_a_stop(agent: AgentProcess, container: RuncBundle, point:
     assert containers_known(container) == [container.id]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remove", [False, True])
 def test_removed_behind_our_back_while_the_agent_was_dead(
     agent: AgentProcess, container: RuncBundle, remove: bool
@@ -337,6 +339,7 @@ def test_removed_behind_our_back_while_the_agent_was_dead(
     assert agent.get(f"/zones/{container.id}").status_code == 404
 
 
+@pytest.mark.slow
 def test_a_new_container_of_the_same_name_is_left_alone_by_recovery(agent: AgentProcess, container: RuncBundle) -> None:
     crash_during_stop(agent, container, "stop.terminated", remove=True)
     container.delete()

@@ -173,7 +173,7 @@ async def test_what_a_handler_starts_to_end_well_is_not_asked_to_end(processes: 
         zone, members = await running(processes, name, 2)
         await until_async(lambda: (processes.root / "ready").exists())
         await stopped_wholly(processes, zone, members, 3600)
-        assert processes.console(name) == "saved\n" * times
+        assert processes.console(name).count("saved") == times
         (processes.root / "ready").unlink()
 
 

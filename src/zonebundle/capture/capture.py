@@ -109,6 +109,9 @@ class Capturer:
             if recoverable or self._spool.entry(intent.metadata.bundle_id).is_dir():
                 snapshots = await self._take_snapshots(conduct)
                 recorded, missing = await self._record(conduct, graceful, snapshots, living=living)
+            else:
+                conduct.gaps.append(Gap("bundle", f"no evidence could be kept: {self._spool.path} cannot be written"))
+                missing = len(conduct.gaps)
         return Captured(
             bundle_id=intent.metadata.bundle_id,
             recorded=recorded,
@@ -127,7 +130,9 @@ class Capturer:
             conduct.gaps.append(Gap("not-recoverable", f"the intent could not be written: {error}"))
             _log.error("intent not written; the stop goes on", zone=intent.zone.name, reason=str(error))
             return False
-        conduct.worker.notify({"do": "go"})
+        finally:
+            # Also without the intent: the stop goes on, so commands have nothing more to wait for.
+            conduct.worker.notify({"do": "go"})
         return True
 
     async def _look(self, conduct: _Conduct) -> None:

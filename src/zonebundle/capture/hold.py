@@ -7,6 +7,7 @@ there is. A thread that is still stuck then makes the worker `is_stuck`: it is r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import time
@@ -266,7 +267,8 @@ class Hold:
     def _note_command(self, process: ProcessRef) -> None:
         """Note a process that we started, so that the next start can end it if we cannot."""
         line = json.dumps({"boot_id": proc.boot_id(), "pid": process.pid, "start_time": process.start_time})
-        with (self._entry / COMMANDS_FILE).open("a") as file:
+        # Without the note (a full disk) the command is still ended by us; only if we are killed first, nobody knows it.
+        with contextlib.suppress(OSError), (self._entry / COMMANDS_FILE).open("a") as file:
             file.write(line + "\n")
 
 

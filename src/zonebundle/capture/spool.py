@@ -91,7 +91,8 @@ class Spool:
                 intent = self._read_intent(path)
             except FormatError as error:
                 # Other zones have to be served all the same.
-                _log.error("a spool entry is damaged; its record is sealed, else it is left alone", reason=str(error))
+                kept = "its record is sealed" if recorded else "left alone"
+                _log.error(f"a spool entry is damaged; {kept}", path=str(path), reason=str(error))
                 if not recorded:
                     continue
                 intent = None

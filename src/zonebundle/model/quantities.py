@@ -6,8 +6,8 @@ import math
 import re
 from fractions import Fraction
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]i?)?B?\s*", re.IGNORECASE)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]i?)?B?\s*", re.IGNORECASE | re.ASCII)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
 def parse_duration(text: str) -> float:
     """Seconds of `2s`, `500ms`, `1h30m`, `10` (seconds). Raises ValueError."""
     stripped = text.strip()
-    if re.fullmatch(r"\d+(\.\d+)?", stripped):
+    if re.fullmatch(r"\d+(\.\d+)?", stripped, re.ASCII):
         seconds = float(stripped)
     else:
         parts = _DURATION.findall(stripped)

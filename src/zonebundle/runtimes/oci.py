@@ -22,7 +22,7 @@ from zonebundle.host.files import remove_tree
 from zonebundle.host.process import Completed, built_environment, run
 from zonebundle.model.ids import check_zone_name, encode_zone_name
 from zonebundle.model.report import Outcome
-from zonebundle.model.zone import Incarnation, LogTree, Membership, ProcessRef, Zone
+from zonebundle.model.zone import COMMAND_MARK, Incarnation, LogTree, Membership, ProcessRef, Zone
 from zonebundle.runtimes import adopt
 from zonebundle.runtimes.base import Grace
 from zonebundle.runtimes.cgroups import Cgroup, cgroup_names, find_cgroup
@@ -245,7 +245,7 @@ class OciRuntime:
             incarnation=Incarnation(proc.boot_id(), init, container.created),
             membership=Membership() if init is None else Membership((init,), cgroup=cgroup),
             logs=tuple(logs),
-            command_prefix=(*self._tool, "exec", "--", container.id),
+            command_prefix=(*self._tool, "exec", "--env", COMMAND_MARK, "--", container.id),
         )
 
     def _directory_of(self, zone: str) -> Path:
