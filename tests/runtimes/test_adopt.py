@@ -29,7 +29,10 @@ from zonebundle.runtimes.process import ProcessRuntime, ProcessZone
 async def main(state, root, name, python, *command):
     runtime = ProcessRuntime({name: ProcessZone(command=command, root=root)}, Path(state), python=python)
     print("starting", flush=True)
-    await runtime.start(name)
+    try:
+        await runtime.start(name)
+    finally:
+        Path(root, "answered").touch()
     print("started", flush=True)
     await asyncio.Event().wait()
 asyncio.run(main(*sys.argv[1:]))
@@ -124,8 +127,9 @@ async def test_whoever_is_killed_while_a_zone_starts_leaves_nothing_or_a_zone(
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(supervisor, signal.SIGKILL)
             if victim == "supervisor":
-                # The agent is told that the start failed, and ends, or finds the zone running.
-                await until_async(lambda: has_answer(processes, name, process))
+                # The agent is told that the start failed, or finds the zone running.
+                await until_async((processes.root / "answered").exists)
+        (processes.root / "answered").unlink(missing_ok=True)
         zone = await settled(processes, name)
         if zone.state == "running":
             # It may have ended since: its console died with the supervisor, and saying a word ends it.
@@ -139,11 +143,6 @@ async def test_whoever_is_killed_while_a_zone_starts_leaves_nothing_or_a_zone(
         # Nothing was left that would be in the way of a start.
         zone = await processes.runtime.start(name)
         await processes.runtime.stop(zone, Grace(0))
-
-
-async def has_answer(processes: Processes, name: str, agent: subprocess.Popen[str]) -> bool:
-    sight = await adopt.look(processes.directory(name))
-    return agent.poll() is not None or (sight is not None and bool(sight.processes))
 
 
 async def test_a_supervisor_whose_agent_died_before_it_began_still_makes_a_zone_that_is_found(

@@ -15,7 +15,7 @@ import structlog
 from zonebundle.agent.bundles import Bundles
 from zonebundle.agent.catalogue import BundleEntry, BundleState, Catalogue
 from zonebundle.agent.config import Config
-from zonebundle.agent.recovery import Recovery
+from zonebundle.agent.recovery import Recovery, discard
 from zonebundle.agent.state import StateDir
 from zonebundle.agent.wiring import hold_settings, make_runtimes
 from zonebundle.agent.zone_runner import ZoneRunner
@@ -44,7 +44,9 @@ class Agent:
         self._config = config
         # For everything that is not the stop path: state files, recovery, reads of bundles.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="agent")
-        self._state = StateDir(config.agent.state_dir, self._threads)
+        # On the stop path, when a new staging directory comes up: nothing else may be before it.
+        self._state_thread = ThreadPoolExecutor(1, thread_name_prefix="state")
+        self._state = StateDir(config.agent.state_dir, self._state_thread)
         self._spool = Spool(config.agent.state_dir)
         self._workers = HoldWorkers()
         self._runtimes: list[Runtime] = []
@@ -99,6 +101,7 @@ class Agent:
             await runtime.close()
         self._spool.close()
         self._threads.shutdown(wait=True)
+        self._state_thread.shutdown(wait=True)
         self._state.close()
 
     async def _warm_up(self) -> None:
@@ -117,7 +120,9 @@ class Agent:
             }
             for first in range(0, len(zones), _LESSON)
         ]
-        for warning in await self._workers.warm(lessons):
+        lesson = await self._workers.warm(lessons)
+        await self._state.remember(lesson.staging)
+        for warning in lesson.warnings:
             _log.warning("logs will be copied", reason=warning)
 
     @property
@@ -171,7 +176,7 @@ class Agent:
                 missing = missing or error
                 continue
             if found is not None:
-                return self._runners.setdefault(name, ZoneRunner(local, runtime, self))
+                return self._runners.setdefault(name, ZoneRunner(name, local, runtime, self))
         raise missing or NoSuchZoneError(name)
 
     def with_archives(self, zone: Zone) -> Zone:
@@ -190,13 +195,14 @@ class Agent:
         living: bool,
         halt: Callable[[], Coroutine[Any, Any, None]] | None = None,
         gaps: tuple[Gap, ...] = (),
+        remove: Callable[[], bool] = bool,
     ) -> Captured:
         """Capture, and list the bundle from its first moment on."""
         bundle_id = intent.metadata.bundle_id
         self._catalogue.put(BundleEntry(intent.metadata, BundleState.CAPTURING))
         try:
             captured = await self._capturer.capture(
-                intent, self._settings, probe=probe, living=living, halt=halt, gaps=gaps
+                intent, self._settings, probe=probe, living=living, halt=halt, gaps=gaps, remove=remove
             )
         except BaseException:
             self._catalogue.drop(bundle_id)
@@ -218,16 +224,30 @@ class Agent:
         if captured.recorded:
             self._link.seal(bundle_id)
 
+    async def forget(self, intent: Intent) -> None:
+        """Leave nothing of a hold that failed and was answered so."""
+        await asyncio.get_running_loop().run_in_executor(
+            self._threads, discard, self._spool, self._state.staging, intent, self.installation
+        )
+
+    def _runner_of(self, intent: Intent) -> ZoneRunner:
+        """The runner of exactly the runtime's zone that an intent names; raises NoSuchZoneError."""
+        name = intent.metadata.zone
+        for runtime in self._runtimes:
+            if runtime.name == intent.zone.runtime:
+                return self._runners.setdefault(name, ZoneRunner(name, intent.zone.name, runtime, self))
+        raise NoSuchZoneError(name)
+
     async def _resume(self, intent: Intent) -> None:
         name = intent.metadata.zone
         try:
-            await (await self.runner(name)).resume(intent)
+            await self._runner_of(intent).resume(intent)
         except NoSuchZoneError:
             # The zone is not configured any more, or its container is gone: its files are read from where they were.
             captured = await self.hold(intent, probe=False, living=False, gaps=(Gap("probes", "the zone is gone"),))
             self.seal(intent.metadata.bundle_id, captured)
-        except ZoneBundleError as error:
-            _log.error("could not finish an interrupted hold", zone=name, reason=str(error))
+        except Exception as error:
+            _log.exception("could not finish an interrupted hold", zone=name, reason=str(error))
             reason = f"the interrupted hold could not be finished: {error}; the next start tries again"
             known = self._catalogue.get(intent.metadata.bundle_id)
             # Where only the removal failed, the bundle is on its way.
@@ -238,7 +258,7 @@ class Agent:
     async def _finish_removal(self, intent: Intent) -> None:
         """The evidence was recorded when the agent died: the zone goes, if it is still there, then the seal begins."""
         try:
-            await (await self.runner(intent.metadata.zone)).finish_removal(intent)
+            await self._runner_of(intent).finish_removal(intent)
         except NoSuchZoneError:
             pass
         except ZoneBundleError as error:

@@ -120,6 +120,7 @@ class Bundles:
         if entry.state is BundleState.CAPTURING:
             raise ConflictError(f"bundle {bundle_id} is being captured; delete it when the stop has answered")
         self._catalogue.hide(bundle_id)
+        self._wake()
         if bundle_id in self._readers:
             task = asyncio.get_running_loop().create_task(self._delete_unread(zone, bundle_id))
             task.add_done_callback(lambda done: done.exception())
@@ -165,6 +166,10 @@ class Bundles:
             case {"failed": told}:
                 _log.warning("bundle not sealed", bundle=told["id"], reason=told["reason"])
                 self._catalogue.update(told["id"], state=BundleState.FAILED, reason=told["reason"])
+        self._wake()
+
+    def _wake(self) -> None:
+        """Have everybody who waits for a bundle look again."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections.abc import Iterable
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from zonebundle.model.record import RECORD_FILE, Area, Intent, RecordHeader
 from zonebundle.snapshots.areas import destroy_area
 
 _log = structlog.get_logger()
+
+_CLEAR_PATIENCE = 10.0
 
 
 class Recovery:
@@ -50,7 +53,7 @@ class Recovery:
                 # Before the intent was durable the zone was not touched: no trace is left.
                 self._spool.remove(entry.bundle_id)
             else:
-                await asyncio.get_running_loop().run_in_executor(self._threads, self._clear, entry.intent, in_use)
+                await self._clear_in_time(entry.intent, in_use)
                 # Listed at once, though the zone has to be found first.
                 catalogue.put(BundleEntry(entry.intent.metadata, BundleState.CAPTURING))
                 interrupted.append(entry.intent)
@@ -78,17 +81,35 @@ class Recovery:
         else:
             self.recorded.append(entry.bundle_id)
 
+    async def _clear_in_time(self, intent: Intent, in_use: set[str]) -> None:
+        clearing = asyncio.get_running_loop().run_in_executor(self._threads, self._clear, intent, in_use)
+        done, _ = await asyncio.wait({clearing}, timeout=_CLEAR_PATIENCE)
+        if not done:
+            # A file system that hangs must not keep the agent, and so every zone, from starting.
+            _log.error("staging areas of an interrupted hold are not removed yet", bundle=intent.metadata.bundle_id)
+
     def _clear(self, intent: Intent, in_use: set[str]) -> None:
         """Destroy what the interrupted hold had taken; it is taken again. By name, mark and intent."""
         parents = [*self._state.staging, str(self._spool.entry(intent.metadata.bundle_id))]
         for path in (str(Path(parent, intent.snapshot)) for parent in parents):
             # Followers that were recorded before the leader still read its snapshot.
-            if path in in_use or not Path(path).exists():
+            if path in in_use:
                 continue
             try:
                 destroy_area(Area("staged", path, intent.metadata.bundle_id), self._installation)
-            except SnapshotError as error:
+            except (OSError, SnapshotError) as error:
                 _log.error("staging area not removed", path=path, reason=str(error))
+
+
+def discard(spool: Spool, staging: Iterable[str], intent: Intent, installation: str) -> None:
+    """Remove an entry without a record, and what was staged for it. Blocks. What cannot be removed is logged."""
+    try:
+        for parent in staging:
+            path = Path(parent, intent.snapshot)
+            destroy_area(Area("staged", str(path), intent.metadata.bundle_id), installation)
+        spool.remove(intent.metadata.bundle_id)
+    except (OSError, SnapshotError) as error:
+        _log.error("a failed hold is not cleaned up; the next start does it", reason=str(error))
 
 
 def _areas_of(record: Path) -> set[str]:

@@ -36,7 +36,10 @@ class Evidence(Protocol):
         living: bool,
         halt: Callable[[], Coroutine[Any, Any, None]] | None = None,
         gaps: tuple[Gap, ...] = (),
+        remove: Callable[[], bool] = ...,
     ) -> Captured: ...
+
+    async def forget(self, intent: Intent) -> None: ...
 
     def with_archives(self, zone: Zone) -> Zone: ...
 
@@ -68,8 +71,10 @@ class _Stopping:
 class ZoneRunner:
     """The actor of one zone. Starts and creates wait for each other; a stop waits for neither."""
 
-    def __init__(self, name: str, runtime: Runtime, evidence: Evidence) -> None:
+    def __init__(self, name: str, local: str, runtime: Runtime, evidence: Evidence) -> None:
+        """`name` is the zone's among all runtimes, `local` the runtime's own."""
         self.name = name
+        self._local = local
         self._runtime = runtime
         self._evidence = evidence
         self._stopping: _Stopping | None = None
@@ -82,17 +87,22 @@ class ZoneRunner:
 
     async def find(self) -> Zone:
         """The zone as it is now; raises NoSuchZoneError."""
-        zone = await self._runtime.find(self.name)
+        zone = await self._runtime.find(self._local)
         if zone is None:
             raise NoSuchZoneError(self.name)
         return zone
 
     async def start(self) -> Zone:
         """Start the zone; raises ConflictError if it runs, TerminatingError while it is being stopped."""
-        if self._stopping is not None:
-            raise TerminatingError(f"zone '{self.name}' is being stopped; start it when the stop has answered")
+        self._refuse_during_stop("start it when the stop has answered")
         async with self._turn:
-            return await self._runtime.start(self.name)
+            # A stop waits for no turn: one may have begun meanwhile.
+            self._refuse_during_stop("start it when the stop has answered")
+            return await self._runtime.start(self._local)
+
+    def _refuse_during_stop(self, advice: str) -> None:
+        if self._stopping is not None:
+            raise TerminatingError(f"zone '{self.name}' is being stopped; {advice}")
 
     async def stop(self, grace: float, *, remove: bool = False, bundle: bool = True) -> StopResult:
         """Stop the zone and keep its evidence; joins a stop that is on its way.
@@ -134,7 +144,7 @@ class ZoneRunner:
             captured = await self._bundle_for_joiner(intent)
         failure = captured.failure if captured else None
         try:
-            if asked.remove and failure is None:
+            if asked.remove and failure is None and (captured is None or captured.recorded):
                 await self._runtime.remove(zone)
                 trace.point("stop.removed")
             trace.point("stop.released")
@@ -162,22 +172,25 @@ class ZoneRunner:
             await self._runtime.stop(zone, grace)
 
         try:
-            return await self._evidence.hold(intent, probe=True, living=False, halt=halt)
-        except (ZoneBundleError, OSError) as error:
-            # Whatever is wrong with us, the zone's owner asked for a stop and gets it.
-            _log.error("evidence lost; the stop goes on", zone=self.name, reason=str(error))
+            return await self._evidence.hold(intent, probe=True, living=False, halt=halt, remove=self._is_to_be_removed)
+        except Exception as error:
+            # Whatever is wrong with us, a defect too, the zone's owner asked for a stop and gets it.
+            _log.exception("evidence lost; the stop goes on", zone=self.name, reason=str(error))
             if not halted:
                 await self._runtime.stop(zone, grace)
             reason = Gap("bundle", f"no evidence could be kept: {error}")
             return Captured(intent.metadata.bundle_id, False, 0.0, 0.0, 1, None, (reason,))
+
+    def _is_to_be_removed(self) -> bool:
+        """Whether the stop on its way is to remove the zone: one that joins may ask for it until the record is made."""
+        return self._stopping is not None and self._stopping.remove
 
     async def create(self) -> Metadata:
         """Bundle the zone as it is, living or stopped; returns at the release, before the seal.
 
         Raises TerminatingError during a stop. Cancelling this call cancels nothing.
         """
-        if self._stopping is not None:
-            raise TerminatingError(f"zone '{self.name}' is being stopped; its bundle comes with the stop")
+        self._refuse_during_stop("its bundle comes with the stop")
         task = asyncio.get_running_loop().create_task(self._create())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -185,12 +198,15 @@ class ZoneRunner:
 
     async def _create(self) -> Metadata:
         async with self._turn:
+            self._refuse_during_stop("its bundle comes with the stop")
             zone = await self.find()
             intent = self._intent(zone, "create", 0.0, remove=False)
             runs = zone.state == "running"
             captured = await self._evidence.hold(intent, probe=runs, living=runs)
             self._evidence.seal(intent.metadata.bundle_id, captured)
         if not captured.recorded:
+            # It is answered with an error: the next start must not make it unasked.
+            await self._evidence.forget(intent)
             reasons = "; ".join(gap.reason for gap in captured.reasons)
             raise ZoneBundleError(f"no bundle of zone '{self.name}' could be made: {reasons}")
         return intent.metadata
@@ -212,7 +228,7 @@ class ZoneRunner:
     async def _resume(self, intent: Intent, grace: Grace) -> StopResult:
         begin = time.monotonic()
         async with self._turn:
-            zone = await self._runtime.find(self.name)
+            zone = await self._runtime.find(self._local)
             runs = zone is not None and zone.state == "running"
             same = zone is not None and runs and zone.incarnation == intent.zone.incarnation
             if zone is not None and same:
@@ -225,7 +241,9 @@ class ZoneRunner:
                 captured = await self._evidence.hold(intent, probe=False, living=runs, gaps=(_lost(runs),))
             try:
                 # Another incarnation is not ours to remove: the runtime compares a stopped one with the intent's.
-                if zone is not None and intent.remove and captured.failure is None and (same or not runs):
+                wanted = intent.remove or self._is_to_be_removed()
+                done = captured.recorded and captured.failure is None
+                if zone is not None and wanted and done and (same or not runs):
                     await self._runtime.remove(intent.zone)
             finally:
                 self._evidence.seal(intent.metadata.bundle_id, captured)
@@ -234,7 +252,7 @@ class ZoneRunner:
     async def finish_removal(self, intent: Intent) -> None:
         """Remove the zone whose evidence an agent that died had recorded; not one that runs, or is another life."""
         async with self._turn:
-            zone = await self._runtime.find(self.name)
+            zone = await self._runtime.find(self._local)
             if zone is not None and zone.state != "running":
                 # As the intent names it: the runtime compares.
                 await self._runtime.remove(intent.zone)

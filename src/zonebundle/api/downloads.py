@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 from zonebundle.agent.bundles import Bundles
 from zonebundle.store.splice import splice
 
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 async def download(bundles: Bundles, zone: str, bundle_id: str, request: Request) -> Response:

@@ -11,8 +11,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import structlog
 import uvicorn
@@ -22,6 +23,7 @@ from zonebundle.agent.agent import Agent
 from zonebundle.agent.config import Config
 from zonebundle.api.app import make_app
 from zonebundle.errors import AlreadyRunningError, UnavailableError
+from zonebundle.model.paths import printable
 
 _GROUP = "zone-bundle"
 _log = structlog.get_logger()
@@ -70,7 +72,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_dead_socket(path)
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _make_socket_directory(path.parent)
         sock.bind(str(path))
         path.chmod(0o660)
         with contextlib.suppress(KeyError, PermissionError):
@@ -94,6 +96,13 @@ def listening(path: Path) -> Iterator[socket.socket]:
             # Not another agent's, which may have taken the place meanwhile.
             if (path.stat().st_ino, path.stat().st_dev) == (identity.st_ino, identity.st_dev):
                 path.unlink()
+
+
+def _make_socket_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        directory.mkdir(mode=0o755, parents=True)
+        # The umask is 077, which would keep the group away from a socket that is made for it.
+        directory.chmod(0o755)
 
 
 def _remove_dead_socket(path: Path) -> None:
@@ -157,13 +166,22 @@ def _notify_systemd(message: str) -> None:
         sock.sendall(message.encode())
 
 
+def _escape_values(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What a zone or a client wrote must not forge a line or drive the terminal."""
+    for key, value in event.items():
+        if isinstance(value, str) and key != "exception":
+            event[key] = printable(value)
+    return event
+
+
 def _configure_log(level: str) -> None:
     terminal = sys.stderr.isatty()
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            # repr-like rendering: what a zone wrote cannot forge a line or drive the terminal.
+            structlog.processors.format_exc_info,
+            _escape_values,
             structlog.dev.ConsoleRenderer(colors=True) if terminal else structlog.processors.LogfmtRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper(), logging.INFO)),

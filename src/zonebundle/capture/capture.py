@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
@@ -18,9 +18,8 @@ from zonebundle.capture.spool import Spool
 from zonebundle.capture.workers import HoldWorker, HoldWorkers, WorkerDiedError
 from zonebundle.errors import HostError, ZoneBundleError
 from zonebundle.host import trace
-from zonebundle.model.record import Area, Intent
+from zonebundle.model.record import Intent
 from zonebundle.model.report import Gap
-from zonebundle.snapshots.areas import destroy_area
 from zonebundle.snapshots.group import SnapshotGroup
 
 _log = structlog.get_logger()
@@ -87,12 +86,14 @@ class Capturer:
         living: bool,
         halt: Halt | None = None,
         gaps: tuple[Gap, ...] = (),
+        remove: Callable[[], bool] = bool,
     ) -> Captured:
         """Hold the zone, keep its evidence, return when it is safe and the zone may go.
 
         `probe`: its processes are there to be looked at. `living`: it runs on while its logs are taken. `halt` stops
-        it between the look and the snapshot. What goes wrong becomes a gap. Run it in a task of its own: a vanished
-        client must not cancel it. Raises UnavailableError if no worker can be had; the zone is untouched then.
+        it between the look and the snapshot. `remove` is asked, as late as can be, whether the zone is removed
+        afterwards: what is staged is then made durable. What goes wrong becomes a gap. Run it in a task of its own: a
+        vanished client must not cancel it. Raises UnavailableError if no worker can be had; the zone is untouched then.
         """
         began = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
@@ -100,15 +101,18 @@ class Capturer:
             order = HoldOrder(str(self._spool.entry(intent.metadata.bundle_id)), intent, began, settings, probe)
             conduct = _Conduct(order, stack, worker, list(gaps))
             durable = asyncio.ensure_future(self._write_intent(intent, conduct))
-            await self._look(conduct)
-            recoverable = await durable
+            try:
+                await self._look(conduct)
+            finally:
+                # Never left behind: whether the intent is durable decides what the next start does.
+                recoverable = await durable
             trace.point("stop.probed")
             graceful, failure = await self._halt(halt)
             trace.point("stop.terminated")
             recorded, missing = False, len(conduct.gaps)
             if recoverable or self._spool.entry(intent.metadata.bundle_id).is_dir():
                 snapshots = await self._take_snapshots(conduct)
-                recorded, missing = await self._record(conduct, graceful, snapshots, living=living)
+                recorded, missing = await self._record(conduct, graceful, snapshots, living=living, remove=remove)
             else:
                 conduct.gaps.append(Gap("bundle", f"no evidence could be kept: {self._spool.path} cannot be written"))
                 missing = len(conduct.gaps)
@@ -194,17 +198,24 @@ class Capturer:
         return {}
 
     async def _record(
-        self, conduct: _Conduct, graceful: float, snapshots: dict[str, SharedSnapshot], *, living: bool
+        self,
+        conduct: _Conduct,
+        graceful: float,
+        snapshots: dict[str, SharedSnapshot],
+        *,
+        living: bool,
+        remove: Callable[[], bool],
     ) -> tuple[bool, int]:
         """Stage, and make the record durable: (recorded, gaps)."""
-        for attempt in range(2):
+        removed = await self._note_removal(conduct, remove)
+        for _ in range(2):
             if conduct.worker.is_lost:
                 await self._replace_worker(conduct, "the worker that held the zone hung")
             finish = FinishOrder(
                 graceful=graceful,
                 living=living,
-                durable=conduct.order.intent.remove,
-                remove=conduct.order.intent.remove,
+                durable=removed,
+                remove=removed,
                 snapshots=snapshots,
                 followers=conduct.followers,
                 gaps=tuple(conduct.gaps),
@@ -215,17 +226,18 @@ class Capturer:
             except HostError as error:
                 conduct.gaps.append(Gap("record", str(error)))
                 _log.error("capture record not written", zone=conduct.order.intent.zone.name, reason=str(error))
-                if attempt == 0:
-                    self._clear_staging(conduct)
         return False, len(conduct.gaps)
 
-    def _clear_staging(self, conduct: _Conduct) -> None:
-        """Remove what a failed attempt staged, so that the next one starts afresh."""
+    async def _note_removal(self, conduct: _Conduct, remove: Callable[[], bool]) -> bool:
+        """Whether the zone is to be removed; durably noted where only a stop that joined has asked for it."""
         intent = conduct.order.intent
-        for parent in [*conduct.begun.get("staging", []), conduct.order.entry]:
-            area = Area("staged", str(Path(parent, intent.snapshot)), intent.metadata.bundle_id)
-            with contextlib.suppress(ZoneBundleError, OSError):
-                destroy_area(area, conduct.order.settings.installation)
+        if intent.remove or not remove():
+            return intent.remove
+        try:
+            await self._spool.write_intent(dataclasses.replace(intent, remove=True))
+        except OSError as error:
+            conduct.gaps.append(Gap("not-recoverable", f"the wish to remove the zone could not be noted: {error}"))
+        return True
 
 
 def _runs_commands(settings: HoldSettings) -> bool:

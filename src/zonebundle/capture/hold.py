@@ -13,7 +13,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from zonebundle.capture.order import FinishOrder, HoldOrder, HoldSettings
 from zonebundle.capture.record_writer import RecordWriter
 from zonebundle.errors import HostError, SnapshotError
 from zonebundle.host import proc, trace
+from zonebundle.host.files import sync_directory
 from zonebundle.host.process import kill_marked, kill_strays
 from zonebundle.model.record import COMMANDS_FILE, LIVE, Area, LogFile, RecordHeader, SnapshotTree
 from zonebundle.model.report import Gap, Outcome, Step
@@ -34,12 +35,14 @@ from zonebundle.snapshots.areas import prepare_area
 from zonebundle.snapshots.base import Choice, OpenTree, StagingRules
 from zonebundle.snapshots.btrfs import take_btrfs
 from zonebundle.snapshots.choose import choose
+from zonebundle.snapshots.place import FILES
 from zonebundle.snapshots.staged import stage
 
 T = TypeVar("T")
 
 # Of the budget, this share is for probes and commands at most; the snapshot, tried last and always, has the rest.
 LOOK_SHARE = 0.75
+_PROBE_THREADS = 4
 _OPEN_SHARE = 0.25
 
 
@@ -51,6 +54,8 @@ class Hold:
         self._settings = order.settings
         self._entry = Path(order.entry)
         self._threads = threads
+        # Probes wait for processes, which may hang by the hundred: what they take must not be missing elsewhere.
+        self._probe_threads = ThreadPoolExecutor(_PROBE_THREADS, thread_name_prefix="probe")
         self._evidence = Evidence(order.began)
         self._logs = OpenLogs([], [])
         self._choices: list[tuple[OpenTree, Choice]] = []
@@ -72,7 +77,7 @@ class Hold:
         deadline = self._order.began + self._settings.budget * LOOK_SHARE
         self._opening = asyncio.ensure_future(self._open_logs())
         if self._order.probe:
-            look = Look(self._order, self._evidence, self._in_thread, self._note_command)
+            look = Look(self._order, self._evidence, self._in_probe_thread, self._note_command)
             await look.run(self._go, deadline)
             if look.ran_commands:
                 await self._bounded("stray processes", self._kill_strays, time.monotonic() + 1.0)
@@ -138,6 +143,7 @@ class Hold:
 
     def close(self) -> None:
         """Let go of the zone's directories, unless a stuck thread still uses them."""
+        self._probe_threads.shutdown(wait=False, cancel_futures=True)
         if not self.is_stuck:
             self._logs.close()
 
@@ -211,6 +217,11 @@ class Hold:
                     durable=finish.durable,
                 ):
                     counted.take(item)
+                # The record will name what is staged: the names must outlast a power cut as well as the record does.
+                for directory in (area / FILES, area, area.parent):
+                    with contextlib.suppress(FileNotFoundError):
+                        # Without any log there is no directory for them.
+                        sync_directory(directory)
 
             kind = ", ".join(sorted({str(choice.kind) for _, choice in trees}))
             try:
@@ -242,8 +253,11 @@ class Hold:
             live = SnapshotTree(LIVE, "", tree.source, tree.prefix, tree.patterns, path)
             writer.add("tree", live.to_json())
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def _in_probe_thread(self, work: Callable[[], T]) -> T:
+        return await self._in_thread(work, self._probe_threads)
+
+    async def _in_thread(self, work: Callable[[], T], threads: Executor | None = None) -> T:
+        future = asyncio.get_running_loop().run_in_executor(threads or self._threads, work)
         self._unfinished.add(future)
         # Shielded: a cancelled wait must not make a running thread look finished.
         try:
@@ -280,11 +294,12 @@ def _open_and_choose(
     return logs, [(tree, choose(tree.descriptor, tree.tree.path, rules)) for tree in logs.trees]
 
 
-def find_choices(trees: Iterable[LogTree], settings: HoldSettings) -> list[str]:
-    """Find out how these trees will be kept, which is then remembered; returns the warnings. Blocks."""
+def find_choices(trees: Iterable[LogTree], settings: HoldSettings) -> tuple[list[str], list[str]]:
+    """Find out how these trees will be kept, which is then remembered: (warnings, staging directories). Blocks."""
     logs, choices = _open_and_choose(trees, settings)
     logs.close()
-    return sorted({choice.warning for _, choice in choices if choice.warning})
+    warnings = {choice.warning for _, choice in choices if choice.warning}
+    return sorted(warnings), sorted({choice.staging for _, choice in choices if choice.staging is not None})
 
 
 class _Counted:

@@ -111,6 +111,9 @@ def _open_parts(tree: LogTree, root: int, mounts: list[Mount], opened: OpenLogs)
                 opened.gaps.append(Gap(f"logs/{tree.source}/{printable(directory)}", "its mount changed meanwhile"))
                 continue
             path = os.path.join(tree.path, directory) if directory else tree.path
+            if tree.via is not None:
+                # Relative, so that nobody takes it for a place on the host, where another directory may have that name.
+                path = path.lstrip("/")
             prefix_in_source = "/".join(part for part in (tree.prefix, directory) if part)
             opened.trees.append(OpenTree(replace(tree, path=path, prefix=prefix_in_source), descriptor))
 

@@ -47,7 +47,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _fork(control: socket.socket, descriptor: int) -> None:
     server = os.getpid()
-    if os.fork() != 0:
+    try:
+        child = os.fork()
+    except OSError as error:
+        # The agent sees its end closed. All workers die with this process, so it must not end for one failed fork.
+        sys.stderr.write(f"hold server: cannot fork a worker: {error}\n")
+        child = -1
+    if child != 0:
         os.close(descriptor)
         return
     # In the worker: nothing of the server may run on, whatever happens.

@@ -55,12 +55,16 @@ class _Worker:
             message, _ = await self._channel.receive()
             number = message["hold"]
             match message["do"]:
-                case "go" if number in self._holds:
-                    self._holds[number].go()
+                case "go":
+                    if (hold := self._holds.get(number)) is not None:
+                        hold.go()
                 case "drop":
                     if (hold := self._holds.pop(number, None)) is not None:
                         hold.close()
                 case _:
+                    if message["do"] == "begin" and number not in self._holds:
+                        # Here and not in the task: `go` may be the next message, and must find the hold.
+                        self._holds[number] = Hold(HoldOrder.from_json(message["order"]), self._threads)
                     task = asyncio.create_task(self._answer(number, message))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
@@ -83,15 +87,15 @@ class _Worker:
         settings = HoldSettings.from_json(message["settings"])
         trees = [tree for zone in message["zones"] for tree in Zone.from_json(zone).logs]
         loop = asyncio.get_running_loop()
-        return {"warnings": await loop.run_in_executor(self._threads, find_choices, trees, settings)}
+        warnings, staging = await loop.run_in_executor(self._threads, find_choices, trees, settings)
+        return {"warnings": warnings, "staging": staging}
 
     def _do(self, number: int, message: dict[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:
         hold = self._holds.get(number)
         match message["do"]:
             case "warm":
                 return self._warm(message)
-            case "begin" if hold is None:
-                hold = self._holds[number] = Hold(HoldOrder.from_json(message["order"]), self._threads)
+            case "begin" if hold is not None:
                 return hold.begin()
             case "snapshot" if hold is not None:
                 return hold.take_snapshot(message["group"])

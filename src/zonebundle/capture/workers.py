@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -136,6 +137,14 @@ class HoldWorker:
             self._process.kill()
 
 
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What a look at the logs of zones taught: what to warn of, and the staging directories that will be used."""
+
+    warnings: list[str]
+    staging: list[str]
+
+
 class HoldWorkers:
     """Pre-started hold workers. A hold never waits for another's.
 
@@ -161,27 +170,31 @@ class HoldWorkers:
         await self._start_server()
         await self._fill()
 
-    async def warm(self, lessons: list[dict[str, Any]]) -> list[str]:
-        """Have every worker, also later ones, learn how logs will be kept; returns what to warn of.
+    async def warm(self, lessons: list[dict[str, Any]]) -> Lesson:
+        """Have every worker, also later ones, learn how logs will be kept; returns what they learned.
 
         Each lesson is a `warm` message. A worker that does not learn in time (a hung file system) serves all the same.
         """
         self._lessons = lessons
         told = await asyncio.gather(*(self._teach(process) for process in [*self._shared, *self._spare]))
-        return sorted({warning for warnings in told for warning in warnings})
+        return Lesson(
+            sorted({warning for lesson in told for warning in lesson.warnings}),
+            sorted({directory for lesson in told for directory in lesson.staging}),
+        )
 
-    async def _teach(self, process: _Process) -> list[str]:
+    async def _teach(self, process: _Process) -> Lesson:
         worker = process.take(next(self._numbers), exclusive=False)
-        warnings: list[str] = []
+        learned = Lesson([], [])
         try:
             for lesson in self._lessons:
                 reply = await worker.call(lesson, _LESSON_PATIENCE)
-                warnings += reply["warnings"]
+                learned.warnings.extend(reply["warnings"])
+                learned.staging.extend(reply["staging"])
         except HostError as error:
             _log.warning("a hold worker could not look at the logs beforehand", reason=str(error))
         finally:
             process.give_back(worker)
-        return warnings
+        return learned
 
     @property
     def pids(self) -> list[int]:
@@ -277,12 +290,17 @@ class HoldWorkers:
             ours, theirs = channel_pair()
             channel = Channel(ours)
             try:
-                if self._control is None or self._server is None or self._server.poll() is not None:
+                if self._control is None or not self._server_lives():
                     _log.warning("hold server is gone; starting it again")
                     self._stop_server()
                     await self._start_server()
                 assert self._control is not None
-                self._control.send({"fork": 1}, (theirs.fileno(),))
+                try:
+                    self._control.send({"fork": 1}, (theirs.fileno(),))
+                except ChannelClosed:
+                    # It has just ended, and may not be reaped yet.
+                    self._stop_server()
+                    raise
                 theirs.close()
                 hello, descriptors = await asyncio.wait_for(channel.receive(), _FORK_PATIENCE)
                 return _Process(channel, hello["pid"], descriptors[0])
@@ -291,12 +309,17 @@ class HoldWorkers:
                 theirs.close()
                 if attempt:
                     raise UnavailableError(f"the hold server does not fork a worker: {error}") from None
-                self._stop_server()
+                # The workers die with the server, so one that lives is left alone: this one fork failed (no memory,
+                # no PIDs), or it is slow. One that has ended is started again above.
+                _log.warning("the hold server did not fork a worker; once more", reason=str(error))
             except BaseException:
                 channel.close()
                 theirs.close()
                 raise
         raise AssertionError("unreachable")
+
+    def _server_lives(self) -> bool:
+        return self._server is not None and self._server.poll() is None
 
     def _stop_server(self) -> None:
         if self._control is not None:

@@ -1,8 +1,8 @@
 """Messages between the agent and its children: JSON objects over a socket pair, with descriptors where needed.
 
-SOCK_SEQPACKET keeps message borders and reports the peer's death as an end of file. Messages are small (what is large
-goes through files in the spool), so a send never waits: a full
-buffer means that the peer does not read, and is an error.
+SOCK_SEQPACKET keeps message borders and reports the peer's death as an end of file. A long message (the settings name
+every zone's root) is handed over in a memory file, so a send never waits: a full buffer means that the peer does not
+read, and is an error.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ import os
 import socket
 from typing import Any
 
+from zonebundle.host.files import write_all
+
 _MESSAGE = 128 << 10
 _DESCRIPTORS = 4
-_RIGHTS = socket.CMSG_LEN(_DESCRIPTORS * array.array("i").itemsize)
+# One more: the carrier of a long message.
+_RIGHTS = socket.CMSG_LEN((_DESCRIPTORS + 1) * array.array("i").itemsize)
+_CARRIED = b"carried"
 
 
 class ChannelClosed(ConnectionError):
@@ -33,13 +37,25 @@ def channel_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def send_message(sock: socket.socket, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
-    """Send one message; raises ChannelClosed if the peer is gone, ValueError if it could not take the whole message."""
+    """Send one message; raises ChannelClosed if the peer is gone, ValueError for too many descriptors.
+
+    One that is too long for the socket travels in a memory file, whose descriptor goes first.
+    """
     data = json.dumps(message, separators=(",", ":")).encode()
-    if len(data) > _MESSAGE or len(descriptors) > _DESCRIPTORS:
-        raise ValueError(
-            f"a message of {len(data)} bytes and {len(descriptors)} descriptors does not fit: "
-            f"at most {_MESSAGE} and {_DESCRIPTORS}"
-        )
+    if len(descriptors) > _DESCRIPTORS:
+        raise ValueError(f"{len(descriptors)} descriptors do not fit into a message: at most {_DESCRIPTORS}")
+    if len(data) <= _MESSAGE:
+        _send(sock, data, descriptors)
+        return
+    carrier = os.memfd_create("message", os.MFD_CLOEXEC)
+    try:
+        write_all(carrier, data)
+        _send(sock, _CARRIED, (carrier, *descriptors))
+    finally:
+        os.close(carrier)
+
+
+def _send(sock: socket.socket, data: bytes, descriptors: tuple[int, ...]) -> None:
     try:
         sock.sendmsg([data], _rights(descriptors), socket.MSG_NOSIGNAL)
     except (BrokenPipeError, ConnectionResetError) as error:
@@ -64,12 +80,20 @@ def receive_message(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
             raise ValueError(f"a message of more than {_MESSAGE} bytes was cut")
         if flags & socket.MSG_CTRUNC:
             raise OSError(errno.EMFILE, "the descriptors of a message were lost: too many are open here")
+        if data == _CARRIED:
+            data = _read_carrier(descriptors.pop(0))
         message: dict[str, Any] = json.loads(data)
     except BaseException:
         for descriptor in descriptors:
             os.close(descriptor)
         raise
     return message, descriptors
+
+
+def _read_carrier(carrier: int) -> bytes:
+    with open(carrier, "rb") as file:
+        file.seek(0)
+        return file.read()
 
 
 def _descriptors(rights: list[tuple[int, int, bytes]]) -> list[int]:

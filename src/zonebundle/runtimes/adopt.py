@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from zonebundle.errors import RuntimeFailedError
 from zonebundle.host import proc
@@ -29,7 +30,7 @@ _MARKED_TIMEOUT = 10.0
 _LOOKS = 5
 _MANY = 256
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)

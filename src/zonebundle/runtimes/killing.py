@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 from collections.abc import Collection, Iterable
+
+import structlog
 
 from zonebundle.errors import RuntimeFailedError
 from zonebundle.host import proc
@@ -24,7 +25,7 @@ _FIRST_PAUSE = 0.01
 _LONGEST_PAUSE = 0.2
 _LONGEST_REMINDER = 1.0
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger()
 
 
 async def end(

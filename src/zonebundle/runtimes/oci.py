@@ -6,7 +6,6 @@ import asyncio
 import builtins
 import contextlib
 import json
-import logging
 import secrets
 import shlex
 import sys
@@ -15,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from zonebundle.errors import ConflictError, NoSuchZoneError, RuntimeFailedError, RuntimeUnavailableError, UsageError
 from zonebundle.host import proc
@@ -40,7 +41,7 @@ _LOOK_TIMEOUT = 2.0
 _SUPERVISOR_LINGERS = 5.0
 _TAIL = 500
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)

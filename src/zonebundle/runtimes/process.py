@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
-import logging
 import os
 import secrets
 import sys
@@ -17,6 +16,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import structlog
 
 from zonebundle.errors import ConflictError, NoSuchZoneError, RuntimeFailedError, UsageError
 from zonebundle.host import proc
@@ -37,7 +38,7 @@ CONSOLE_PATTERNS = ("console.log*",)
 _PID_FILE_TIMEOUT = 2.0
 _SUPERVISOR_LINGERS = 5.0
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Coroutine
 from typing import Any
+
+import structlog
 
 from zonebundle.errors import ConflictError
 from zonebundle.model.zone import Zone
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger()
 
 
 class Starts:

@@ -64,6 +64,8 @@ class LiveLog:
 
 
 def _find(log: LogFile) -> tuple[int, os.stat_result]:
+    if not os.path.isabs(log.host_root):
+        raise ChangedError("was in a mount of the zone's own, and could not be staged before that was gone")
     root = open_root(log.host_root)
     try:
         path = _below_root(log)
