@@ -18,7 +18,7 @@ from zonebundle.host import proc
 
 ZONES = 50
 ROUNDS = 4
-BYTES = 2_000_000
+BYTES = 10_000_000
 
 
 def stops() -> Iterator[Row]:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import structlog
 
 from support.users import OrdinaryUser
 from support.wait import until_async
@@ -365,7 +366,8 @@ async def main():
     await runtime.close()
 asyncio.run(main())
 """
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+    path = f"{source}:{Path(structlog.__file__).parents[1]}"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     done = ordinary_user.run(readable[0], "-c", code, env=environment)
     assert done.stdout.split() == ["running", "stopped"], done.stderr
 
