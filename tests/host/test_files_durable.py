@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from zonebundle.host import files
-from zonebundle.host.files import make_private_directory, remove_tree, write_all, write_durably
+from zonebundle.host.files import make_private_directory, remove_temporaries, remove_tree, write_all, write_durably
 
 pytestmark = pytest.mark.usefixtures("leak_check")
 
@@ -143,3 +143,10 @@ def test_sync_directory_takes_directories_only(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(NotADirectoryError):
         files.sync_directory(tmp_path / "file")
+
+
+def test_temporaries_of_killed_writes_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".format.1234.tmp", ".state.json.7.tmp", ".tmp", "x.1.tmp", ".hidden", ".a.b.tmp"):
+        (tmp_path / name).touch()
+    remove_temporaries(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.b.tmp", ".hidden", ".tmp", "x.1.tmp"]

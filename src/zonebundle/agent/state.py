@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zonebundle.errors import AlreadyRunningError, FormatError, UnavailableError
-from zonebundle.host.files import make_private_directory, write_durably
+from zonebundle.host.files import make_private_directory, remove_temporaries, write_durably
 from zonebundle.model.ids import is_installation_id, new_installation_id
 
 STATE_FORMAT = 1
@@ -38,6 +38,7 @@ class StateDir:
             make_private_directory(self.path)
             self._lock = os.open(self.path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_temporaries(self.path)
             self._read()
         except BlockingIOError:
             self.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 import threading
@@ -26,6 +27,7 @@ _BENEATH = (
     syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS | syscalls.RESOLVE_NO_XDEV
 )
 MAX_DEPTH = 64
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp", re.DOTALL)
 # Bounds the memory of a walk: a zone may make directories as fast as they are listed.
 MAX_DIRECTORIES = 200_000
 
@@ -68,6 +70,14 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:
             temporary.unlink()
         raise
     sync_directory(path.parent)
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Remove what durable writes into a directory left when they were killed. Only while nobody else writes there."""
+    for name in os.listdir(directory):
+        if _TEMPORARY.fullmatch(name):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(directory / name)
 
 
 def sync_directory(path: Path | str) -> None:

@@ -18,7 +18,7 @@ from typing import Self
 
 from zonebundle.errors import ConflictError, NoSuchBundleError, StoreError
 from zonebundle.host import syscalls, trace
-from zonebundle.host.files import make_private_directory, remove_tree, sync_directory, write_durably
+from zonebundle.host.files import make_private_directory, remove_temporaries, remove_tree, sync_directory, write_durably
 from zonebundle.store.bundle import DELETED, MANIFEST, segments_in
 from zonebundle.store.failure import store_errors
 from zonebundle.store.objects import SegmentStore
@@ -89,6 +89,8 @@ class Store(StoreReader):
         Only with no draft of this process open. Segments of drafts stay, for the next try to seal the bundle; `sweep`
         removes them when there is nothing left to seal.
         """
+        with store_errors(f"cleaning up {self.directory}"):
+            remove_temporaries(self.directory)
         found = 0
         for directory in list(self.directories()):
             if (directory / DELETED).exists():
