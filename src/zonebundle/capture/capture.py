@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import structlog
 from zonebundle.capture.order import FinishOrder, HoldOrder, HoldSettings, SharedSnapshot
 from zonebundle.capture.probe_stacks import stack_tool
 from zonebundle.capture.spool import Spool
+from zonebundle.capture.turns import Turns
 from zonebundle.capture.workers import HoldWorker, HoldWorkers, WorkerDiedError
 from zonebundle.errors import HostError, ZoneBundleError
 from zonebundle.host import trace
@@ -76,6 +78,7 @@ class Capturer:
         self._spool = spool
         self._staging = staging
         self._groups = SnapshotGroup()
+        self._turns = Turns(2 * (os.cpu_count() or 1))
 
     async def capture(
         self,
@@ -142,9 +145,10 @@ class Capturer:
     async def _look(self, conduct: _Conduct) -> None:
         budget = conduct.order.settings.budget
         try:
-            conduct.begun = await conduct.worker.call(
-                {"do": "begin", "order": conduct.order.to_json()}, budget + _MARGIN
-            )
+            async with self._turns.take():
+                conduct.begun = await conduct.worker.call(
+                    {"do": "begin", "order": conduct.order.to_json()}, budget + _MARGIN
+                )
         except WorkerDiedError as error:
             await self._replace_worker(conduct, f"probes and commands were lost: {error}")
         except HostError as error:
@@ -221,7 +225,8 @@ class Capturer:
                 gaps=tuple(conduct.gaps),
             )
             try:
-                reply = await conduct.worker.call({"do": "finish", "order": finish.to_json()}, _RECORD_PATIENCE)
+                async with self._turns.take():
+                    reply = await conduct.worker.call({"do": "finish", "order": finish.to_json()}, _RECORD_PATIENCE)
                 return True, reply["gaps"]
             except HostError as error:
                 conduct.gaps.append(Gap("record", str(error)))

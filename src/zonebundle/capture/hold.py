@@ -60,6 +60,8 @@ class Hold:
         self._logs = OpenLogs([], [])
         self._choices: list[tuple[OpenTree, Choice]] = []
         self._opening: asyncio.Future[None] | None = None
+        # Of the budget, by the look. It begins when a worker does: before, the zone is not held up.
+        self._spent = 0.0
         self._unfinished: set[asyncio.Future[Any]] = set()
         self._go = asyncio.Event()
 
@@ -74,7 +76,8 @@ class Hold:
 
     async def begin(self) -> dict[str, Any]:
         """Open the logs, and look at the zone: probes at once, commands when the intent is durable."""
-        deadline = self._order.began + self._settings.budget * LOOK_SHARE
+        begin = time.monotonic()
+        deadline = begin + self._settings.budget * LOOK_SHARE
         self._opening = asyncio.ensure_future(self._open_logs())
         if self._order.probe:
             look = Look(self._order, self._evidence, self._in_probe_thread, self._note_command)
@@ -84,6 +87,7 @@ class Hold:
         # What hangs now is asked for once more before the snapshot: logs are the last thing to be given up.
         patience = max(deadline - time.monotonic(), self._settings.budget * _OPEN_SHARE)
         await asyncio.wait({self._opening}, timeout=patience)
+        self._spent = time.monotonic() - begin
         return {
             "groups": sorted({choice.group for _, choice in self._choices if choice.group is not None}),
             "staging": sorted({choice.staging for _, choice in self._choices if choice.staging is not None}),
@@ -185,8 +189,7 @@ class Hold:
 
     async def _stage(self, writer: RecordWriter, finish: FinishOrder, first_area: int) -> None:
         budget = self._settings.budget
-        spent = time.monotonic() - self._order.began - finish.graceful
-        deadline = time.monotonic() + max(budget - spent, budget * (1 - LOOK_SHARE))
+        deadline = time.monotonic() + max(budget - self._spent, budget * (1 - LOOK_SHARE))
         if self._opening is not None:
             await asyncio.wait({self._opening}, timeout=deadline - time.monotonic())
             if not self._opening.done():
