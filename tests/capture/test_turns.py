@@ -55,3 +55,31 @@ async def test_a_cancelled_wait_takes_no_turn() -> None:
         await asyncio.gather(waiting, return_exceptions=True)
     async with asyncio.timeout(10), turns.take():
         pass
+
+
+async def test_who_is_ahead_goes_before_those_who_came_earlier() -> None:
+    turns = Turns(1, longest=60)
+    taken: list[str] = []
+
+    async def work(name: str, ahead: bool) -> None:
+        async with turns.take(ahead=ahead):
+            taken.append(name)
+
+    async with turns.take():
+        working = [asyncio.create_task(work(name, name == "end")) for name in ("one", "two", "end")]
+        await asyncio.sleep(0)
+    await asyncio.gather(*working)
+    assert taken == ["end", "one", "two"]
+
+
+async def test_a_turn_that_comes_as_its_waiter_is_cancelled_goes_to_the_next() -> None:
+    turns = Turns(1, longest=60)
+    holding = turns.take()
+    await holding.__aenter__()
+    cancelled = asyncio.create_task(turns.take().__aenter__())
+    next_one = asyncio.create_task(turns.take().__aenter__())
+    await asyncio.sleep(0)
+    await holding.__aexit__(None, None, None)
+    cancelled.cancel()
+    await asyncio.gather(cancelled, return_exceptions=True)
+    await asyncio.wait_for(next_one, 10)

@@ -225,7 +225,7 @@ class Capturer:
                 gaps=tuple(conduct.gaps),
             )
             try:
-                async with self._turns.take():
+                async with self._turns.take(ahead=True):
                     reply = await conduct.worker.call({"do": "finish", "order": finish.to_json()}, _RECORD_PATIENCE)
                 return True, reply["gaps"]
             except HostError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator
 
 # A hold of some hundred files takes 10 to 40 ms of CPU.
@@ -19,20 +20,25 @@ class Turns:
     """At most `at_once` turns are being taken, first come, first served. For one event loop."""
 
     def __init__(self, at_once: int, longest: float = LONGEST) -> None:
-        self._free = asyncio.Semaphore(at_once)
+        self._free = at_once
+        self._ahead: deque[asyncio.Future[None]] = deque()
+        self._behind: deque[asyncio.Future[None]] = deque()
         self._longest = longest
 
     @contextlib.asynccontextmanager
-    async def take(self) -> AsyncIterator[None]:
-        """Wait for a turn; it ends with the block, or `longest` seconds after its begin."""
-        await self._free.acquire()
+    async def take(self, *, ahead: bool = False) -> AsyncIterator[None]:
+        """Wait for a turn; it ends with the block, or `longest` seconds after its begin.
+
+        `ahead` is for the end of a hold: it goes before those that have yet to begin.
+        """
+        await self._begin(ahead)
         is_over = False
 
         def end() -> None:
             nonlocal is_over
             if not is_over:
                 is_over = True
-                self._free.release()
+                self._pass_on()
 
         timer = asyncio.get_running_loop().call_later(self._longest, end)
         try:
@@ -40,3 +46,25 @@ class Turns:
         finally:
             timer.cancel()
             end()
+
+    async def _begin(self, ahead: bool) -> None:
+        if self._free:
+            self._free -= 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        (self._ahead if ahead else self._behind).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                # It came in the same moment.
+                self._pass_on()
+            raise
+
+    def _pass_on(self) -> None:
+        while waiting := self._ahead or self._behind:
+            turn = waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
