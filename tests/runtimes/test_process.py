@@ -91,7 +91,7 @@ async def test_signals_are_as_a_program_expects_them(processes: Processes) -> No
     await ended(processes, "web")
     blocked, blocked_set, ignored, ignored_set = processes.console("web").split()
     assert (blocked, ignored) == ("SigBlk:", "SigIgn:")
-    # Signals 32 and 33 are glibc's own: who starts us may have them blocked or ignored, and glibc lets nobody change it.
+    # Signals 32 and 33 are glibc's own: who starts us may have them blocked or ignored; nobody can change that.
     for mask in (blocked_set, ignored_set):
         assert int(mask, 16) & ~0x1_8000_0000 == 0
 
