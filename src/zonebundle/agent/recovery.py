@@ -91,24 +91,32 @@ class Recovery:
     def _clear(self, intent: Intent, in_use: set[str]) -> None:
         """Destroy what the interrupted hold had taken; it is taken again. By name, mark and intent."""
         parents = [*self._state.staging, str(self._spool.entry(intent.metadata.bundle_id))]
-        for path in (str(Path(parent, intent.snapshot)) for parent in parents):
-            # Followers that were recorded before the leader still read its snapshot.
-            if path in in_use:
-                continue
-            try:
-                destroy_area(Area("staged", path, intent.metadata.bundle_id), self._installation)
-            except (OSError, SnapshotError) as error:
-                _log.error("staging area not removed", path=path, reason=str(error))
+        # Followers that were recorded before the leader still read its snapshot.
+        free = [parent for parent in parents if str(Path(parent, intent.snapshot)) not in in_use]
+        _destroy_areas(free, intent, self._installation)
+
+
+def _destroy_areas(parents: Iterable[str], intent: Intent, installation: str) -> bool:
+    """Destroy what a hold has staged in these directories; whether nothing is left. What is left is logged."""
+    is_clean = True
+    for parent in parents:
+        path = str(Path(parent, intent.snapshot))
+        try:
+            destroy_area(Area("staged", path, intent.metadata.bundle_id), installation)
+        except (OSError, SnapshotError) as error:
+            _log.error("staging area not removed", path=path, reason=str(error))
+            is_clean = False
+    return is_clean
 
 
 def discard(spool: Spool, staging: Iterable[str], intent: Intent, installation: str) -> None:
     """Remove an entry without a record, and what was staged for it. Blocks. What cannot be removed is logged."""
+    # An entry whose area is left stays: it is what the next start removes the area by.
+    if not _destroy_areas(staging, intent, installation):
+        return
     try:
-        for parent in staging:
-            path = Path(parent, intent.snapshot)
-            destroy_area(Area("staged", str(path), intent.metadata.bundle_id), installation)
         spool.remove(intent.metadata.bundle_id)
-    except (OSError, SnapshotError) as error:
+    except OSError as error:
         _log.error("a failed hold is not cleaned up; the next start does it", reason=str(error))
 
 

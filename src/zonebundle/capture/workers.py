@@ -108,7 +108,8 @@ class HoldWorker:
             self._process.calls[self.number] += 1
             self._process.send(message | {"hold": self.number, "call": self._process.calls[self.number]})
             reply = await asyncio.wait_for(waiting, timeout)
-        except (ChannelClosed, BlockingIOError, OSError) as error:
+        except OSError as error:
+            # ChannelClosed, TimeoutError and a full channel's BlockingIOError are all of this kind.
             self.lose()
             reason = f"did not answer within {timeout:.1f} s" if isinstance(error, TimeoutError) else "died"
             raise WorkerDiedError(f"hold worker {self.pid} {reason} during '{message['do']}'") from None
