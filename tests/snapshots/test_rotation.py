@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,7 +82,9 @@ class Tally:
 def _stage_repeatedly(zone: Zone, kind: Kind, times: int, disturbed: int = 0) -> Tally:
     """Stage so often, and until so many stagings were disturbed by a rotation, and look for lines that are missing."""
     tally = Tally()
-    while tally.stagings < times or (tally.disturbed < disturbed and tally.stagings < 20 * times):
+    # Where the machine is busy, most stagings fall between two rotations: as many as it takes, but not for ever.
+    end = time.monotonic() + 60
+    while tally.stagings < times or (tally.disturbed < disturbed and time.monotonic() < end):
         before, rotations = zone.shared.get(WRITTEN), zone.shared.get(ROTATED)
         kept = keep(zone.logs.parent, zone.staging, kind)
         tally.stagings += 1

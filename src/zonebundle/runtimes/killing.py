@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import structlog
 
@@ -39,7 +39,9 @@ async def end(
     gone = asyncio.ensure_future(tree.gone())
     reminding: asyncio.Future[None] | None = None
     try:
-        reminding = asyncio.ensure_future(_remind(await _ask_to_end(tree, ask)))
+        request = _Request(tree)
+        await (request.ask_tree() if ask is None else request.ask(ask))
+        reminding = asyncio.ensure_future(request.remind())
         if not await grace.wait(gone):
             await _kill(tree, what, gone, patience)
     finally:
@@ -54,52 +56,68 @@ async def _end_task(task: asyncio.Future[None]) -> BaseException | None:
     return None if task.cancelled() else task.exception()
 
 
-async def _ask_to_end(tree: Tree, ask: Iterable[ProcessRef] | None) -> list[ProcessRef]:
-    if ask is not None:
-        asked = list(ask)
-        await _send(asked, *_ASK)
-        return asked
-    first = {process.pid: process for process in await tree.scan()}
-    catching = set()
-    for process in first.values():
-        await give_way()
-        if proc.catches(process, signal.SIGTERM):
-            catching.add(process.pid)
-    await _send(first.values(), *_ASK)
-    # Who was forked between the look and the signal has not been asked yet.
-    late = [process for process in await tree.scan() if first.get(process.pid) != process]
-    late = [process for process in late if not _may_be_of_a_handler(process, first.keys(), catching)]
-    await _send(late, *_ASK)
-    return [*first.values(), *late]
+class _Request:
+    """The TERM that a tree is asked to end with: who has been asked, and who would end well by a handler."""
 
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._asks_all = False
+        self._asked: dict[int, ProcessRef] = {}
+        self._catching: set[int] = set()
 
-def _may_be_of_a_handler(process: ProcessRef, asked: Collection[int], catching: Collection[int]) -> bool:
-    """Whether a new process may have been started by somebody's TERM handler, to end well: that one is let be."""
-    fields = proc.read_stat(process.pid)
-    if fields is not None and (parent := int(fields[proc.PARENT])) in asked:
-        return parent in catching
-    # Its parent has ended meanwhile, by a default action or a handler's exit.
-    return bool(catching)
+    async def ask(self, processes: Iterable[ProcessRef]) -> None:
+        """Ask these, and nobody else."""
+        self._asked = {process.pid: process for process in processes}
+        await _send(self._asked.values(), *_ASK)
 
-
-async def _remind(asked: list[ProcessRef]) -> None:
-    """Ask those again by whom the TERM was lost.
-
-    Between fork and exec a child still has its parent's handler, and forgets with the exec what that has noted: stopped
-    shortly after their start, shells with a trap often leave such children. Who lives with TERM at its default action
-    cannot have got it. What a handler starts now was never asked and is let be.
-    """
-    pause = _FIRST_PAUSE
-    while asked:
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, _LONGEST_REMINDER)
-        asked = [process for process in asked if proc.is_alive(process)]
-        lost = []
-        for process in asked:
+    async def ask_tree(self) -> None:
+        """Ask all of the tree."""
+        self._asks_all = True
+        first = await self._tree.scan()
+        for process in first:
             await give_way()
-            if proc.has_default_action(process, signal.SIGTERM):
-                lost.append(process)
-        await _send(lost, signal.SIGTERM)
+            if proc.catches(process, signal.SIGTERM):
+                self._catching.add(process.pid)
+        await self.ask(first)
+        await self._ask_late()
+
+    async def _ask_late(self) -> None:
+        """Ask those who were forked between a look and its signal, or changed their parent while it was taken."""
+        late = [process for process in await self._tree.scan() if self._asked.get(process.pid) != process]
+        late = [process for process in late if not self._may_be_of_a_handler(process)]
+        await _send(late, *_ASK)
+        self._asked |= {process.pid: process for process in late}
+
+    def _may_be_of_a_handler(self, process: ProcessRef) -> bool:
+        """Whether a new process may have been started by somebody's TERM handler, to end well: that one is let be."""
+        fields = proc.read_stat(process.pid)
+        if fields is not None and (parent := int(fields[proc.PARENT])) in self._asked:
+            return parent in self._catching
+        # Its parent has ended meanwhile, by a default action or a handler's exit.
+        return bool(self._catching)
+
+    async def remind(self) -> None:
+        """Ask those again by whom the TERM was lost, and those who were not seen when the others were asked.
+
+        Between fork and exec a child still has its parent's handler, and forgets with the exec what that has noted:
+        stopped shortly after their start, shells with a trap often leave such children. Who lives with TERM at its
+        default action cannot have got it. A look at a tree that is ending can miss a process whose parent ends in that
+        moment. What a handler starts now was never asked and is let be.
+        """
+        pause = _FIRST_PAUSE
+        waiting = list(self._asked.values())
+        while waiting or self._asks_all:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_REMINDER)
+            if self._asks_all:
+                await self._ask_late()
+            waiting = [process for process in self._asked.values() if proc.is_alive(process)]
+            lost = []
+            for process in waiting:
+                await give_way()
+                if proc.has_default_action(process, signal.SIGTERM):
+                    lost.append(process)
+            await _send(lost, signal.SIGTERM)
 
 
 async def _kill(tree: Tree, what: str, gone: asyncio.Future[None], patience: float) -> None:
