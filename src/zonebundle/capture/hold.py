@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from zonebundle.capture.evidence import Evidence
 from zonebundle.capture.logs import OpenLogs, open_logs
-from zonebundle.capture.look import Look
+from zonebundle.capture.look import PROBE_THREADS, Look
 from zonebundle.capture.order import FinishOrder, HoldOrder, HoldSettings
 from zonebundle.capture.record_writer import RecordWriter
 from zonebundle.errors import HostError, SnapshotError
@@ -42,7 +42,6 @@ T = TypeVar("T")
 
 # Of the budget, this share is for probes and commands at most; the snapshot, tried last and always, has the rest.
 LOOK_SHARE = 0.75
-_PROBE_THREADS = 4
 _OPEN_SHARE = 0.25
 
 
@@ -55,7 +54,7 @@ class Hold:
         self._entry = Path(order.entry)
         self._threads = threads
         # Probes wait for processes, which may hang by the hundred: what they take must not be missing elsewhere.
-        self._probe_threads = ThreadPoolExecutor(_PROBE_THREADS, thread_name_prefix="probe")
+        self._probe_threads = ThreadPoolExecutor(PROBE_THREADS, thread_name_prefix="probe")
         self._evidence = Evidence(order.began)
         self._logs = OpenLogs([], [])
         self._choices: list[tuple[OpenTree, Choice]] = []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from zonebundle.capture.commands import CONCURRENT_STACKS, CommandResult, run_command, run_stack
 from zonebundle.capture.evidence import Evidence
@@ -17,6 +19,10 @@ from zonebundle.model.report import Outcome, Step
 from zonebundle.model.zone import ProcessRef
 
 T = TypeVar("T")
+
+PROBE_THREADS = 4
+# A zone's probes take some milliseconds: after so many seconds, one of them hangs.
+_STALL = 0.1
 
 # Shares of the look's time after which the less important gives way first.
 _STACKS_SHARE = 0.75
@@ -64,37 +70,40 @@ class Look:
             self._keep_probe(result)
 
     async def _run_probes(self, processes: Sequence[ProcessRef], deadline: float) -> list[tuple[float, ProbeResult]]:
-        zone = self._order.intent.zone
-        jobs: dict[asyncio.Future[Any], list[Probe]] = {}
+        """Take the probes in one thread; where it hangs in one of them, others take what is left.
+
+        Several from the start would not be quicker: they would take the interpreter's lock from each other at each
+        read of /proc, for twice the CPU.
+        """
+        groups = probe_groups(self._order.intent.zone, processes)
+        waiting = deque(groups)
         results: list[tuple[float, ProbeResult]] = []
 
-        def run_all(probes: list[Probe]) -> None:
-            for probe in probes:
-                begin = time.monotonic()
-                try:
-                    result = probe.run()
-                except Exception as error:
-                    # One probe that meets what it did not expect must not cost the others.
-                    result = ProbeResult(
-                        probe.name, Outcome.FAIL, b"", f"{type(error).__name__}: {error}", time.monotonic() - begin
-                    )
-                results.append((begin, result))
+        def run_waiting() -> None:
+            while waiting and time.monotonic() < deadline:
+                with contextlib.suppress(IndexError):
+                    # A generator: each result is there as soon as its probe is through.
+                    results.extend(_run(probe) for probe in waiting.popleft())
 
-        for probes in probe_groups(zone, processes):
-            job: asyncio.Future[Any] = asyncio.ensure_future(self._in_thread(partial(run_all, probes)))
-            jobs[job] = probes
-        if jobs:
-            _, late = await asyncio.wait(jobs, timeout=max(0.01, deadline - time.monotonic()))
-            finished = {result.name for _, result in results}
-            for job in late:
-                job.cancel()
-                for probe in jobs[job]:
-                    if probe.name not in finished:
-                        self._evidence.gap(probe.name, "the probe did not finish within the budget")
-                        self._evidence.step(probe.name, Outcome.TIMEOUT, deadline, lane="probes")
-            for job in jobs:
-                if job.done() and not job.cancelled() and (failure := job.exception()) is not None:
-                    raise failure
+        running: set[asyncio.Future[None]] = set()
+        started = 0
+        while (left := deadline - time.monotonic()) > 0 and (running or waiting):
+            if waiting and started < PROBE_THREADS:
+                running.add(asyncio.ensure_future(self._in_thread(run_waiting)))
+                started += 1
+            patience = min(_STALL, left) if waiting and started < PROBE_THREADS else left
+            done, running = await asyncio.wait(running, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            for job in done:
+                job.result()
+            if not running and started == PROBE_THREADS:
+                break
+        for job in running:
+            job.cancel()
+        finished = {result.name for _, result in results}
+        for probe in itertools.chain.from_iterable(groups):
+            if probe.name not in finished:
+                self._evidence.gap(probe.name, "the probe did not finish within the budget")
+                self._evidence.step(probe.name, Outcome.TIMEOUT, deadline, lane="probes")
         return list(results)
 
     def _keep_probe(self, timed: tuple[float, ProbeResult]) -> None:
@@ -177,3 +186,13 @@ class Look:
     @staticmethod
     def _loop_time(deadline: float) -> float:
         return asyncio.get_running_loop().time() + max(0.0, deadline - time.monotonic())
+
+
+def _run(probe: Probe) -> tuple[float, ProbeResult]:
+    begin = time.monotonic()
+    try:
+        return begin, probe.run()
+    except Exception as error:
+        # One probe that meets what it did not expect must not cost the others.
+        reason = f"{type(error).__name__}: {error}"
+        return begin, ProbeResult(probe.name, Outcome.FAIL, b"", reason, time.monotonic() - begin)
