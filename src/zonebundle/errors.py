@@ -18,6 +18,7 @@ ZoneBundleError                 exit code 1, status 500
 ├── RuntimeFailedError          a runtime's tool failed; carries the command and its output
 ├── SnapshotError               a snapshot or a staging area failed
 ├── StoreError                  the store cannot be read or written
+│   ├── FullError               its file system, or a quota, has no space left
 │   ├── FormatError             a store, spool or manifest of a newer or damaged format
 │   └── DamagedError            the bytes are not those that were written
 └── SealError                   a bundle could not be sealed
@@ -114,6 +115,10 @@ class SnapshotError(ZoneBundleError):
 
 
 class StoreError(ZoneBundleError):
+    pass
+
+
+class FullError(StoreError):
     pass
 
 

@@ -29,6 +29,13 @@ def store(tmp_path: Path) -> Iterator[SegmentStore]:
         store.close()
 
 
+def remove(
+    store: SegmentStore, candidates: Iterable[str], referenced: Callable[[frozenset[str]], Iterable[str]]
+) -> int:
+    """Both phases of a removal, with nothing between them."""
+    return store.drop_aside(store.set_aside(candidates, lambda unleased: unleased - set(referenced(unleased))))
+
+
 def run(seed: int) -> Run:
     return deflate(content(seed, 2000))
 
@@ -303,7 +310,7 @@ def test_only_what_nobody_uses_is_removed(store: SegmentStore) -> None:
         asked.append(digests)
         return {used}
 
-    assert store.remove_unreferenced([free, leased, used, pending, "f" * 64], referenced) == size
+    assert remove(store, [free, leased, used, pending, "f" * 64], referenced) == size
     assert asked == [{free, used, "f" * 64}]
     store.flush()
     assert [store.exists(digest) for digest in (free, leased, used, pending)] == [False, True, True, True]
@@ -321,10 +328,10 @@ def test_a_lease_that_comes_and_goes_during_a_removal_protects(store: SegmentSto
         store.release("new")
         return set()
 
-    store.remove_unreferenced([reused, leased, other], referenced)
+    remove(store, [reused, leased, other], referenced)
     assert [store.exists(digest) for digest in (reused, leased, other)] == [True, True, False]
     # The next one takes what that left.
-    store.remove_unreferenced([reused, leased], nothing)
+    remove(store, [reused, leased], nothing)
     assert list(store.digests()) == []
 
 
@@ -337,8 +344,40 @@ def test_a_failing_look_for_references_removes_nothing(store: SegmentStore) -> N
         raise StoreError("no")
 
     with pytest.raises(StoreError):
-        store.remove_unreferenced([digest], referenced)
+        remove(store, [digest], referenced)
     assert store.exists(digest)
+
+
+def test_what_is_aside_comes_back_where_it_is_wanted(store: SegmentStore) -> None:
+    leased, put_again, put_back, dropped = (put(store, seed) for seed in range(4))
+    store.flush()
+    store.release("bundle")
+    size = os.stat(store.path(dropped)).st_size
+    moved = store.set_aside([leased, put_again, put_back, dropped], set)
+    assert moved == set(store.aside()) == {leased, put_again, put_back, dropped}
+    assert list(store.digests()) == []
+    store.lease("new", [leased])
+    put(store, 1, "new")
+    store.flush()
+    store.put_back([put_back, put_again])
+    assert store.drop_aside([leased, put_again, put_back, dropped]) == size
+    assert set(store.digests()) == {leased, put_again, put_back}
+    assert store.aside() == []
+
+
+def test_a_segment_of_another_store_is_adopted(store: SegmentStore, tmp_path: Path) -> None:
+    other = SegmentStore(tmp_path / "other")
+    digest = put(other, 1)
+    other.flush()
+    data = Path(other.path(digest)).read_bytes()
+    with pytest.raises(DamagedError, match="are not its own"):
+        store.adopt(digest, data[:-1], "copy")
+    assert not store.holds("copy", digest)
+    store.adopt(digest, data, "copy")
+    store.flush()
+    assert Path(store.path(digest)).read_bytes() == data
+    assert store.holds("copy", digest)
+    other.close()
 
 
 def test_leases(store: SegmentStore) -> None:
@@ -351,9 +390,9 @@ def test_leases(store: SegmentStore) -> None:
     assert store.release("one") == {digest}
     assert store.release("one") == set()
     assert not store.holds("one", digest)
-    assert store.remove_unreferenced([digest], nothing) == 0
+    assert remove(store, [digest], nothing) == 0
     store.release("two")
-    assert store.remove_unreferenced([digest], nothing) > 0
+    assert remove(store, [digest], nothing) > 0
 
 
 @pytest.mark.parametrize("digest", ["", "ab", "../../etc/passwd", "A" * 64, "0" * 63, "0" * 64 + "\n"])
@@ -380,7 +419,7 @@ def test_what_is_leased_or_used_is_always_there(tmp_path_factory: pytest.TempPat
             case "release":
                 store.release(owner)
             case "remove":
-                store.remove_unreferenced(list(known), used.intersection)
+                remove(store, list(known), used.intersection)
         for digest in used:
             assert store.exists(digest)
     store.flush()
@@ -398,7 +437,7 @@ def test_many_threads(store: SegmentStore) -> None:
         assert store.missing(owner) == []
         if number % 2:
             store.release(owner)
-        store.remove_unreferenced([put(store, 100 + number, "gone")], nothing)
+        remove(store, [put(store, 100 + number, "gone")], nothing)
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(work, range(24)))

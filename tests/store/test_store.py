@@ -1,4 +1,5 @@
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -39,8 +40,8 @@ def directory(tmp_path: Path) -> Path:
 def test_open_makes_a_private_store(directory: Path) -> None:
     with leaks.no_leaks(), Store.open(directory):
         pass
-    assert (directory / "format").read_text() == "zonebundle store 1\n"
-    assert sorted(os.listdir(directory)) == ["bundles", "format", "segments"]
+    assert re.fullmatch(r"zonebundle store 1 [0-9a-f-]{36}\n", (directory / "format").read_text())
+    assert sorted(os.listdir(directory)) == ["bundles", "format", "reserve", "segments"]
     for name, mode in {"": 0o700, "bundles": 0o700, "segments": 0o700, "segments/tmp": 0o700, "format": 0o600}.items():
         assert stat.S_IMODE((directory / name).stat().st_mode) == mode
     # And an empty directory of the operator's will do, lost+found or not.
@@ -152,7 +153,7 @@ def test_delete_frees_what_nobody_else_uses(directory: Path) -> None:
             store.delete("web", first.bundle_id)
         store.delete("web", second.bundle_id)
         check_clean(directory)
-        assert _bytes(directory) == len("zonebundle store 1\n")
+        assert _bytes(directory) == (directory / "format").stat().st_size + (directory / "reserve").stat().st_size
         assert list((directory / "bundles").iterdir()) == []
         # The same bundle, and its zone's directory, can be made again.
         seal(store, files(1), first)
@@ -200,7 +201,7 @@ def test_delete_keeps_what_a_bundle_uses_that_is_committed_meanwhile(
                 seal(store, files(1), new)
             return found
 
-        monkeypatch.setattr(store, "_referenced", too_early)
+        monkeypatch.setattr(store.pruner, "_referenced", too_early)
         store.delete("web", old.bundle_id)
         check_whole(store.find("web", new.bundle_id))
     check_clean(directory)
@@ -212,7 +213,7 @@ def test_a_deletion_that_failed_is_finished_by_the_next(directory: Path, monkeyp
         other = make(store, 1, 2)
         path = Path(store.find("web", made.bundle_id).directory)
         with monkeypatch.context() as patch, pytest.raises(StoreError, match="on cue"):
-            patch.setattr(store, "_referenced", _fail)
+            patch.setattr(store.pruner, "_referenced", _fail)
             store.delete("web", made.bundle_id)
         assert [header.metadata for header in store.bundles()] == [other]
         with pytest.raises(ConflictError):
@@ -256,7 +257,7 @@ def test_recover_ends_what_was_half_done(directory: Path) -> None:
 
 
 def test_a_store_that_cannot_be_written_says_so(directory: Path) -> None:
-    with pytest.raises(StoreError, match="opening store /proc/nowhere failed: no such file"):
+    with pytest.raises(StoreError, match="preparing store /proc/nowhere failed: no such file"):
         Store.open(Path("/proc/nowhere"))
 
 

@@ -39,8 +39,10 @@ def is_fixture_mount(point: Path) -> bool:
 
 
 @contextlib.contextmanager
-def mounted(kind: str, below: Path, size: int = IMAGE_BYTES) -> Iterator[Path]:
+def mounted(kind: str, below: Path, size: int = IMAGE_BYTES, options: str = "") -> Iterator[Path]:
     """A fresh filesystem of `kind` (btrfs, xfs, ext4, tmpfs) and `size`, mounted on a directory made in `below`.
+
+    `options` are further ones for the mount of a filesystem on a loop device, as mount(8) takes them.
 
     It is unmounted, and its loop device free again, when the context ends. Raises Unavailable.
     """
@@ -53,7 +55,7 @@ def mounted(kind: str, below: Path, size: int = IMAGE_BYTES) -> Iterator[Path]:
         if kind == "tmpfs":
             _mount(kind, ["-t", "tmpfs", "-o", f"size={TMPFS_BYTES},mode=0700", "tmpfs", str(point)])
         else:
-            _mount_image(kind, below / f"{kind}.img", point, size)
+            _mount_image(kind, below / f"{kind}.img", point, size, options)
         try:
             yield point
         finally:
@@ -76,7 +78,7 @@ def empty(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
-def _mount_image(kind: str, image: Path, point: Path, size: int) -> None:
+def _mount_image(kind: str, image: Path, point: Path, size: int, options: str) -> None:
     make = MAKE[kind]
     if shutil.which(make[0]) is None:
         raise Unavailable(f"{kind}: no {make[0]}")
@@ -88,7 +90,7 @@ def _mount_image(kind: str, image: Path, point: Path, size: int) -> None:
     if made.returncode != 0:
         raise Unavailable(f"{kind}: {make[0]} failed: {made.stderr.strip()}")
     # The loop device frees itself at the unmount (mount sets autoclear).
-    _mount(kind, ["-t", kind, "-o", "loop", str(image), str(point)])
+    _mount(kind, ["-t", kind, "-o", f"loop,{options}" if options else "loop", str(image), str(point)])
 
 
 def _mount(kind: str, arguments: list[str]) -> None:

@@ -150,7 +150,7 @@ def check_segments(store: Path) -> set[str]:
 
 def check_clean(store: Path) -> None:
     """Assert that the store holds nothing but whole segments that are used, and committed bundles."""
-    assert list((store / "segments/tmp").iterdir()) == []
+    assert list((store / "segments/tmp").iterdir()) == list((store / "segments/pruned").iterdir()) == []
     used: set[str] = set()
     for zone in (store / "bundles").iterdir():
         assert list(zone.iterdir()) != []

@@ -182,6 +182,7 @@ class Hold:
                         prefix=tree.prefix,
                         patterns=tree.patterns,
                         host_root=tree.path,
+                        filesystem=os.fstatvfs(open_tree.descriptor).f_fsid,
                     ).to_json(),
                 )
         return len(numbers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import structlog
 
 from zonebundle.errors import FormatError, UsageError
 from zonebundle.host import proc, trace
-from zonebundle.host.files import make_private_directory, remove_tree, sync_directory, write_durably
+from zonebundle.host.files import make_private_directory, preallocate, remove_tree, sync_directory, write_durably
 from zonebundle.model.ids import check_bundle_id
 from zonebundle.model.record import COMMANDS_FILE, INTENT_FILE, RECORD_FILE, Intent
 from zonebundle.model.zone import ProcessRef
@@ -119,13 +118,10 @@ class Spool:
         return ended
 
     def _refill_reserve(self) -> None:
-        descriptor = os.open(self._reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
+            preallocate(self._reserve, _RESERVE_BYTES)
         except OSError as error:
             _log.warning("no space for the reserve: stops may not be recoverable", reason=str(error))
-        finally:
-            os.close(descriptor)
 
     def close(self) -> None:
         self._threads.shutdown(wait=True)

@@ -72,6 +72,15 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     sync_directory(path.parent)
 
 
+def preallocate(path: Path, size: int) -> None:
+    """Make sure that a file of `size` bytes has its space on the disk, whatever is in it. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    finally:
+        os.close(descriptor)
+
+
 def remove_temporaries(directory: Path) -> None:
     """Remove what durable writes into a directory left when they were killed. Only while nobody else writes there."""
     for name in os.listdir(directory):

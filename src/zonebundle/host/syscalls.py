@@ -1,7 +1,7 @@
-"""The system calls that Python does not offer: openat2, syncfs, prctl, ioprio_set, and ioctl without the lock.
+"""The system calls that Python does not offer: openat2, statx, syncfs, prctl, ioprio_set, and ioctl without the lock.
 
 Numbers and structures are from the kernel's uapi headers (asm-generic/unistd.h, linux/openat2.h, linux/prctl.h,
-linux/ioprio.h); openat2 has the same number on every architecture that got it.
+linux/ioprio.h, linux/stat.h); openat2 has the same number on every architecture that got it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import platform
+import struct
 from collections.abc import Iterator
 
 RESOLVE_NO_XDEV = 0x01
@@ -25,6 +26,13 @@ _PR_SET_CHILD_SUBREAPER = 36
 _IOPRIO_CLASS_IDLE = 3 << 13
 _IOPRIO_WHO_PROCESS = 1
 _CLONE_NEWNET = 0x40000000
+
+_AT_SYMLINK_NOFOLLOW = 0x100
+_AT_EMPTY_PATH = 0x1000
+_STATX_BTIME = 0x800
+_STATX_SIZE = 256
+# struct statx: stx_mask, and at byte 80 stx_btime with its seconds and nanoseconds.
+_STATX_BIRTH = struct.Struct("=I76xqI")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -55,6 +63,20 @@ def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
         if number not in (errno.EAGAIN, errno.EINTR):
             break
     raise OSError(number, os.strerror(number), os.fsdecode(path))
+
+
+def birth_time_ns(descriptor: int, path: bytes = b"") -> int:
+    """When the file `path` below the directory `descriptor` (itself, if empty) was born, in ns; 0 if nobody knows.
+
+    A link in the last place is not followed. Raises OSError.
+    """
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    flags = _AT_SYMLINK_NOFOLLOW | (0 if path else _AT_EMPTY_PATH)
+    if _libc.statx(ctypes.c_int(descriptor), ctypes.c_char_p(path), flags, _STATX_BTIME, buffer) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), os.fsdecode(path))
+    mask, seconds, nanoseconds = _STATX_BIRTH.unpack_from(buffer)
+    return seconds * 1_000_000_000 + nanoseconds if mask & _STATX_BTIME else 0
 
 
 def syncfs(descriptor: int) -> None:

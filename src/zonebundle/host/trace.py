@@ -39,6 +39,14 @@ POINTS: Final = (
     "delete.uncommitted",
     "delete.frame-removed",
     "delete.segments-removed",
+    "prune.forgotten",
+    "prune.moved",
+    "prune.removed",
+    "replicate.segments-durable",
+    "replicate.frame-written",
+    "replicate.committed",
+    "repair.segment-replaced",
+    "repair.bundle-copied",
 )
 
 _name, _, _count = os.environ.get(CRASH_AT, "").partition(":")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from zonebundle.errors import FormatError
+from zonebundle.model.identity import FileIdentity
 from zonebundle.model.metadata import Cause, Metadata
 from zonebundle.model.paths import path_from_json, path_to_json
 from zonebundle.model.zone import Zone
@@ -119,7 +120,8 @@ class Part:
 class LogFile:
     """A log file with its size and parts fixed. `path` is relative to its source; `host_path` is where it was.
 
-    `size` is of the whole file; the bytes kept are those of `parts`, which are adjacent and end at `size`.
+    `size` is of the whole file; the bytes kept are those of `parts`, which are adjacent and end at `size`. `identity`
+    is that of the state which the parts hold, before our own link changed it; None where it is not certain.
     """
 
     source: str
@@ -131,6 +133,7 @@ class LogFile:
     mtime_ns: int
     inode: int
     parts: tuple[Part, ...]
+    identity: FileIdentity | None = None
 
     @property
     def first(self) -> int:
@@ -149,6 +152,7 @@ class LogFile:
                 "ino": self.inode,
                 "parts": [part.to_json() for part in self.parts],
             }
+            | ({"id": [known.filesystem, known.born_ns, known.ctime_ns]} if (known := self.identity) else {})
         )
 
     @classmethod
@@ -163,7 +167,15 @@ class LogFile:
             mtime_ns=data["mtime"],
             inode=data["ino"],
             parts=tuple(Part(*fields) for fields in data["parts"]),
+            identity=_identity(data),
         )
+
+
+def _identity(data: dict[str, Any]) -> FileIdentity | None:
+    if "id" not in data:
+        return None
+    filesystem, born, ctime = data["id"]
+    return FileIdentity(filesystem, data["ino"], born, data["size"], data["mtime"], ctime)
 
 
 LIVE = -1
@@ -174,8 +186,8 @@ class SnapshotTree:
     """A log tree to be walked behind the release: inside a snapshot, or, with the area LIVE, at its place on the host.
 
     `path` is the tree's directory relative to the area's snapshot; `source`, `prefix` and `patterns` are as in LogTree.
-    `host_root` is where the directory is on the host. A live tree is for what the budget did not let be staged: files
-    that the record has already are passed over.
+    `host_root` is where the directory is on the host, `filesystem` what identities of its files name. A live tree is
+    for what the budget did not let be staged: files that the record has already are passed over.
     """
 
     area: int
@@ -184,6 +196,7 @@ class SnapshotTree:
     prefix: str
     patterns: tuple[str, ...]
     host_root: str
+    filesystem: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -193,6 +206,7 @@ class SnapshotTree:
             "prefix": self.prefix,
             "patterns": list(self.patterns),
             "host_root": self.host_root,
+            "filesystem": self.filesystem,
         }
 
     @classmethod

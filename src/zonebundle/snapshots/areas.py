@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -21,10 +21,13 @@ from zonebundle.host.files import remove_tree, write_all
 from zonebundle.model.ids import parse_snapshot_name
 from zonebundle.model.record import Area
 from zonebundle.snapshots import btrfs
+from zonebundle.snapshots.place import FILES
 
 MARK: Final = "owner.json"
 
 _MARK_LIMIT = 4096
+
+Unlinked = Callable[[os.stat_result, os.stat_result], None]
 
 
 def prepare_area(area: Path, installation: str) -> None:
@@ -82,12 +85,13 @@ def list_areas(staging: Path, installation: str) -> Iterator[Area]:
             yield Area("btrfs" if has_snapshot else "staged", str(path), parsed[1])
 
 
-def destroy_area(area: Area, installation: str) -> None:
+def destroy_area(area: Area, installation: str, unlinked: Unlinked | None = None) -> None:
     """Remove an area with all it holds; a missing one is fine. May be repeated at any point.
 
     Raises SnapshotError, with the reason, if it is not ours by name (installation and leader) and by mark, or if it
     cannot be removed. A mark that is empty counts: a power cut may leave it so, and the name is ours, in a directory
-    that only we can write. Files are removed one by one; a hard-linked log loses our name for it, not its own.
+    that only we can write. Files are removed one by one; a hard-linked log loses our name for it, not its own, and
+    `unlinked` is told of it: the status before, and after, which differs in ctime.
     """
     path = Path(area.path)
     if parse_snapshot_name(path.name) != (installation, area.leader):
@@ -102,6 +106,8 @@ def destroy_area(area: Area, installation: str) -> None:
         raise SnapshotError(f"{path} is not destroyed: it cannot be opened: {error.strerror}") from None
     try:
         _check_is_ours(path, descriptor, installation)
+        if unlinked is not None:
+            _unlink_links(descriptor, unlinked)
         _empty(path, descriptor)
     except OSError as error:
         raise SnapshotError(f"{path} cannot be removed: {error}; remove it by hand") from None
@@ -148,6 +154,25 @@ def _check_mark(path: Path, descriptor: int, installation: str) -> None:
         owner = None
     if not isinstance(owner, dict) or owner.get("installation") != installation:
         raise SnapshotError(f"{path} is not ours: its mark {MARK} does not name installation {installation}")
+
+
+def _unlink_links(area: int, unlinked: Unlinked) -> None:
+    try:
+        files = os.open(FILES, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=area)
+    except FileNotFoundError:
+        return
+    try:
+        for name in os.listdir(files):
+            log = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=files)
+            try:
+                before = os.fstat(log)
+                if stat.S_ISREG(before.st_mode) and before.st_nlink > 1:
+                    os.unlink(name, dir_fd=files)
+                    unlinked(before, os.fstat(log))
+            finally:
+                os.close(log)
+    finally:
+        os.close(files)
 
 
 def _empty(path: Path, descriptor: int) -> None:

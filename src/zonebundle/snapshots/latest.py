@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from zonebundle.model.identity import FileIdentity
 from zonebundle.model.record import Limits
 from zonebundle.model.report import Gap, Step
 from zonebundle.snapshots.families import Family, arrange, family_name, newest_first
@@ -14,12 +15,16 @@ from zonebundle.snapshots.place import Placed
 
 @dataclass(slots=True)
 class Staged:
-    """A file that was taken: where it was when it was last seen unchanged, and what was kept of it."""
+    """A file that was taken: where it was when it was last seen unchanged, and what was kept of it.
+
+    `identity` is that of the state that was taken, None where that is not certain.
+    """
 
     tree: int
     path: str
     mode: int
     placed: Placed
+    identity: FileIdentity | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
+from zonebundle.model.identity import FileIdentity
 from zonebundle.model.quantities import format_size
 from zonebundle.model.record import Limits, LogFile
 from zonebundle.model.report import Gap, Outcome, Step
@@ -22,7 +23,7 @@ def tell(trees: Sequence[LogTree], taken: Taken, latest: Latest, limits: Limits)
     for file in latest.order:
         staged = taken.staged.get(file.key)
         if staged is not None:
-            yield _log(trees[file.tree], file.path, file.key, staged.mode, staged.placed)
+            yield _log(trees[file.tree], file.path, file.key, staged.mode, staged.placed, staged.identity)
         elif file.key not in taken.refused and file.status is not None:
             size = file.status.st_size
             first = max(0, size - limits.file)
@@ -31,7 +32,7 @@ def tell(trees: Sequence[LogTree], taken: Taken, latest: Latest, limits: Limits)
             left, left_bytes = left + 1, left_bytes + size - first
     # Rotated out of existence, removed or truncated after they were taken.
     for key, staged in (*taken.superseded, *(pair for pair in taken.staged.items() if pair[0] not in latest.keys)):
-        yield _log(trees[staged.tree], staged.path, key, staged.mode, staged.placed)
+        yield _log(trees[staged.tree], staged.path, key, staged.mode, staged.placed, staged.identity)
     yield from _missing(trees, taken, latest, limits)
     yield from taken.steps
     yield from _skips(trees, latest)
@@ -40,7 +41,9 @@ def tell(trees: Sequence[LogTree], taken: Taken, latest: Latest, limits: Limits)
         yield Step("stage", Outcome.TIMEOUT, detail=detail)
 
 
-def _log(tree: LogTree, path: str, key: Key, mode: int, placed: Placed) -> LogFile:
+def _log(
+    tree: LogTree, path: str, key: Key, mode: int, placed: Placed, identity: FileIdentity | None = None
+) -> LogFile:
     return LogFile(
         source=tree.source,
         path=os.fsencode(path_in_source(tree, path)),
@@ -51,6 +54,8 @@ def _log(tree: LogTree, path: str, key: Key, mode: int, placed: Placed) -> LogFi
         mtime_ns=placed.mtime_ns,
         inode=key[1],
         parts=placed.parts,
+        # What grew since then is read behind: together that is another state.
+        identity=identity if identity is not None and identity.size == placed.size else None,
     )
 
 

@@ -39,11 +39,15 @@ class RewrittenError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A log as it was staged: its size, its mtime (ns) no later than its last staged byte, and where its bytes are."""
+    """A log as it was staged: its size, its mtime (ns) no later than its last staged byte, and where its bytes are.
+
+    `is_link`: it is the log itself, by a second name.
+    """
 
     size: int
     mtime_ns: int
     parts: tuple[Part, ...]
+    is_link: bool = False
 
 
 def is_unwritten(descriptor: int) -> bool:
@@ -124,7 +128,7 @@ class AreaFiles:
         # With a directory's descriptor given, Python uses linkat with AT_SYMLINK_FOLLOW: it is the very inode opened.
         os.link(f"/proc/self/fd/{source}", name, dst_dir_fd=self._files)
         self._next += 1
-        return Placed(status.st_size, status.st_mtime_ns, self._whole(status.st_size, name))
+        return Placed(status.st_size, status.st_mtime_ns, self._whole(status.st_size, name), is_link=True)
 
     def copy(self, source: int, status: os.stat_result) -> Placed:
         """Copy the newest bytes, as many as the limit allows and until it is late; older ones are parts read live.

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zonebundle.errors import HostError, NotRegularFileError, SnapshotError
+from zonebundle.host import syscalls
 from zonebundle.host.files import open_regular_beneath
+from zonebundle.model.identity import FileIdentity
 from zonebundle.model.record import Limits, LogFile
 from zonebundle.model.report import Gap, Outcome, Step
 from zonebundle.snapshots.base import Choice, Kind, OpenTree, log_name
@@ -81,9 +83,31 @@ class _Tree:
     open: OpenTree
     kind: Kind
     listing: TreeListing
+    device: int
+    filesystem: int
 
     def name(self, path: str = "") -> str:
         return log_name(self.open.tree, path)
+
+    def identify(self, source: int, status: os.stat_result, placed: Placed) -> FileIdentity | None:
+        """The state of a file that was placed as a whole, from `status` before; None if it may have changed meanwhile.
+
+        Of a link the time of birth is left to the sealer, which finds it at the link.
+        """
+        if not placed.parts or placed.parts[0].start or any(part.origin == "live" for part in placed.parts):
+            return None
+        if status.st_dev != self.device or placed.size != status.st_size:
+            return None
+        born = 0
+        if not placed.is_link:
+            now = os.fstat(source)
+            if (now.st_mtime_ns, now.st_ctime_ns) != (status.st_mtime_ns, status.st_ctime_ns):
+                return None
+            born = syscalls.birth_time_ns(source)
+        identity = FileIdentity(
+            self.filesystem, status.st_ino, born, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        )
+        return identity if identity.is_settled(time.time_ns()) else None
 
 
 class _Staging:
@@ -100,10 +124,7 @@ class _Staging:
         *,
         links_current: bool,
     ) -> None:
-        self._trees = [
-            _Tree(tree, choice.kind, TreeListing(index, tree.tree, tree.descriptor))
-            for index, (tree, choice) in enumerate(trees)
-        ]
+        self._trees = [_open_tree(index, tree, choice.kind) for index, (tree, choice) in enumerate(trees)]
         self._area = area
         self._limits = limits
         self._links_current = links_current
@@ -286,7 +307,7 @@ class _Staging:
                 self._shrunk.add(_directory_of(file))
             elif file.status is not None and file.key == key and placed.size < file.status.st_size:
                 self._shrunk.add(_directory_of(file))
-            self._note(file, key, status, placed)
+            self._note(file, key, status, placed, tree.identify(source, status, placed))
 
     def _place(self, tree: _Tree, file: Listed, source: int, status: os.stat_result) -> Placed:
         if self._files is None:
@@ -323,8 +344,15 @@ class _Staging:
         """Whether a log still begins with what was taken of it before."""
         return self._files is not None and (not placed.parts or self._files.continues(source, placed.parts[-1]))
 
-    def _note(self, file: Listed, key: Key, status: os.stat_result, placed: Placed) -> None:
-        self.taken.staged[key] = Staged(file.tree, file.path, status.st_mode & 0o7777, placed)
+    def _note(
+        self,
+        file: Listed,
+        key: Key,
+        status: os.stat_result,
+        placed: Placed,
+        identity: FileIdentity | None = None,
+    ) -> None:
+        self.taken.staged[key] = Staged(file.tree, file.path, status.st_mode & 0o7777, placed, identity)
         self.taken.refused.pop(key, None)
 
     def _refuse(self, file: Listed, key: Key, reason: str) -> None:
@@ -341,6 +369,13 @@ class _Staging:
 
     def _gap_everywhere(self, reason: str) -> None:
         self.taken.gaps.extend(Gap(tree.name(), reason) for tree in self._trees)
+
+
+def _open_tree(number: int, tree: OpenTree, kind: Kind) -> _Tree:
+    # Subvolumes below it have other devices: of their files no identity is known.
+    device = os.fstat(tree.descriptor).st_dev
+    filesystem = os.fstatvfs(tree.descriptor).f_fsid
+    return _Tree(tree, kind, TreeListing(number, tree.tree, tree.descriptor), device, filesystem)
 
 
 def _directory_of(file: Listed | Staged) -> Directory:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -141,8 +141,13 @@ class BundleDraft:
             raise explain(f"writing {self._directory}", error) from error
         return path
 
-    def commit(self, *, hold_seconds: float, graceful_seconds: float, gaps: int) -> Header:
-        """Make the bundle durable and visible; returns its header. Raises StoreError, then it can only be abandoned."""
+    def commit(
+        self, *, hold_seconds: float, graceful_seconds: float, gaps: int, committed: Callable[[], None] | None = None
+    ) -> Header:
+        """Make the bundle durable and visible; returns its header. Raises StoreError, then it can only be abandoned.
+
+        `committed` is called then, before the leases on its segments end.
+        """
         if not self._whole:
             raise StoreError(f"bundle {self._owner} has an entry that was not written to its end; seal it again")
         self._whole = False
@@ -169,7 +174,11 @@ class BundleDraft:
         trace.point("seal.committed")
         self._open = False
         self._close_files()
-        segments.release(self._owner)
+        try:
+            if committed is not None:
+                committed()
+        finally:
+            segments.release(self._owner)
         return header
 
     def abandon(self) -> None:

@@ -7,8 +7,9 @@ import errno
 import os
 from collections.abc import Iterator
 
-from zonebundle.errors import StoreError
+from zonebundle.errors import FullError, StoreError
 
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _ADVICE = {
     errno.ENOSPC: "free space there, or delete bundles",
     errno.EDQUOT: "raise the quota, or delete bundles",
@@ -20,10 +21,11 @@ _ADVICE = {
 
 
 def explain(doing: str, error: OSError) -> StoreError:
-    """A StoreError for an OSError; `doing` says what failed, on what."""
+    """A StoreError, or FullError, for an OSError; `doing` says what failed, on what."""
     reason = os.strerror(error.errno).lower() if error.errno else str(error)
     advice = _ADVICE.get(error.errno or 0)
-    return StoreError(f"{doing} failed: {reason}{f'; {advice}' if advice else ''}")
+    kind = FullError if error.errno in _FULL else StoreError
+    return kind(f"{doing} failed: {reason}{f'; {advice}' if advice else ''}")
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from blake3 import blake3
+
 from zonebundle.errors import DamagedError, StoreError
 from zonebundle.host import syscalls, trace
 from zonebundle.host.files import make_private_directory, sync_directory, write_all
@@ -27,6 +29,7 @@ from zonebundle.store.pieces import CHUNK, Run, deflate
 from zonebundle.store.segment import build_segment
 
 _TEMPORARY = "tmp"
+_PRUNED = "pruned"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Up to this many files are made durable one by one. syncfs costs 26 ms for 500 segments where that costs 130 (ext4; on
 # btrfs 33 and 435), but it also writes out whatever else is dirty on the file system, however much that is.
@@ -67,7 +70,7 @@ class Segments:
     def digests(self) -> Iterator[str]:
         """The digest of every segment that is there."""
         for first in os.listdir(self._root):
-            if first == _TEMPORARY:
+            if first in (_TEMPORARY, _PRUNED):
                 continue
             for name in os.listdir(f"{self._root}/{first}"):
                 digest = name.removesuffix(".gz")
@@ -84,10 +87,12 @@ class SegmentStore(Segments):
         with store_errors(f"preparing {directory}"):
             make_private_directory(directory)
             make_private_directory(directory / _TEMPORARY)
+            make_private_directory(directory / _PRUNED)
             for name in os.listdir(directory / _TEMPORARY):
                 os.unlink(directory / _TEMPORARY / name)
             # It stays open: syncfs reports write errors that happened since this descriptor was opened.
             self._descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._pruned = f"{self._root}/{_PRUNED}"
         self._numbers = itertools.count()
         self._condition = threading.Condition()
         # Digest → temporary file: what the next flush commits, and what one is committing now.
@@ -117,11 +122,24 @@ class SegmentStore(Segments):
         A segment that is known is not written again. It is durable after the next `flush`. Raises StoreError.
         """
         digest, data, pieces = build_segment(runs)
+        self._keep(digest, data, owner)
+        return pieces
+
+    def adopt(self, digest: str, data: bytes, owner: str) -> None:
+        """Write a segment that another store has, under a lease of `owner`; durable after the next `flush`.
+
+        Raises DamagedError if the bytes are not those of the segment, StoreError.
+        """
+        if blake3(data).hexdigest() != digest:
+            raise DamagedError(f"the bytes that were read for segment {digest} are not its own; verify that store")
+        self._keep(digest, data, owner)
+
+    def _keep(self, digest: str, data: bytes, owner: str) -> None:
         with self._condition:
             self._leases.setdefault(owner, set()).add(digest)
             self._condemned.discard(digest)
             if self._is_put(digest):
-                return pieces
+                return
         try:
             if not self._is_whole(digest, len(data)):
                 self._write(digest, data)
@@ -129,7 +147,6 @@ class SegmentStore(Segments):
             raise explain(f"writing a segment of {len(data)} bytes below {self._root}", error) from error
         if self._pending_bytes >= _UNWRITTEN:
             self.flush()
-        return pieces
 
     def zero_piece(self, times: int, owner: str) -> Piece:
         """The one piece of CHUNK zero bytes that all holes share, `times` times, leased to `owner`."""
@@ -152,7 +169,7 @@ class SegmentStore(Segments):
                 else:
                     self._condition.wait()
                 if self._failures > failures:
-                    raise StoreError(str(self._failure)) from self._failure.__cause__
+                    raise type(self._failure)(str(self._failure)) from self._failure.__cause__
 
     def lease(self, owner: str, digests: Iterable[str] = ()) -> None:
         """Protect these segments, and what `owner` puts later, from removal until `release`.
@@ -163,8 +180,10 @@ class SegmentStore(Segments):
             with self._condition:
                 self._leases.setdefault(owner, set()).add(digest)
                 self._condemned.discard(digest)
-                known = self._is_put(digest)
-            if not known and not self.exists(digest):
+                known = self._is_put(digest) or self.exists(digest) or self._put_back(digest)
+                if not known:
+                    self._leases[owner].discard(digest)
+            if not known:
                 raise DamagedError(f"segment {self.path(digest)} is missing; restore it from a copy of the store")
 
     def holds(self, owner: str, digest: str) -> bool:
@@ -182,30 +201,24 @@ class SegmentStore(Segments):
             digests = list(self._leases.get(owner, ()))
         return [digest for digest in digests if not self.exists(digest)]
 
-    def remove_unreferenced(
-        self, candidates: Iterable[str], referenced: Callable[[frozenset[str]], Iterable[str]]
-    ) -> int:
-        """Remove those of `candidates` that have no lease and that no bundle refers to; returns the bytes freed.
+    def set_aside(self, candidates: Iterable[str], chosen: Callable[[frozenset[str]], Iterable[str]]) -> set[str]:
+        """Move to `pruned/` those of `candidates` that have no lease and that `chosen` returns; returns the moved ones.
 
-        `referenced` returns which of the digests given are in use by bundles on disk; what is put or leased while it
-        looks is kept too. Raises StoreError; what was removed till then stays removed.
+        What is put or leased while `chosen` looks stays. Raises StoreError; what was moved till then stays moved.
         """
         with self._removal:
             with self._condition:
                 leased = set[str]().union(*self._leases.values())
                 self._condemned = {digest for digest in candidates if digest not in leased}
             try:
-                unused = self._condemned.copy()
-                if not unused:
-                    return 0
-                unused -= set(referenced(frozenset(unused)))
-                return self._unlink(unused)
+                doomed = self._condemned and set(chosen(frozenset(self._condemned)))
+                return self._move_aside(doomed) if doomed else set()
             finally:
                 self._condemned = set()
 
-    def _unlink(self, digests: Iterable[str]) -> int:
-        freed = 0
-        directories = set()
+    def _move_aside(self, digests: set[str]) -> set[str]:
+        moved = set()
+        directories = {self._pruned}
         with store_errors(f"removing segments below {self._root}"):
             for digest in digests:
                 path = self.path(digest)
@@ -214,14 +227,55 @@ class SegmentStore(Segments):
                     if digest not in self._condemned:
                         continue
                     try:
-                        size = os.stat(path).st_size
-                        os.unlink(path)
+                        os.rename(path, self._aside(digest))
                     except FileNotFoundError:
                         continue
-                freed += size
+                moved.add(digest)
                 directories.add(os.path.dirname(path))
             self._sync_directories(directories)
+        return moved
+
+    def aside(self) -> list[str]:
+        """The segments that were set aside and neither put back nor dropped, also by an earlier writer."""
+        with store_errors(f"listing {self._pruned}"):
+            names = [name.removesuffix(".gz") for name in os.listdir(self._pruned)]
+        return [digest for digest in names if _DIGEST.fullmatch(digest)]
+
+    def put_back(self, digests: Iterable[str]) -> None:
+        """Give segments that were set aside their place again. Raises StoreError."""
+        with store_errors(f"putting segments back below {self._root}"):
+            for digest in digests:
+                with self._condition:
+                    self._put_back(digest)
+
+    def _put_back(self, digest: str) -> bool:
+        """With the condition held: whether the segment was aside, and is in its place now."""
+        path = self.path(digest)
+        try:
+            os.link(self._aside(digest), path)
+        except FileNotFoundError:
+            # Its directory is never removed, so it is the segment that is not there.
+            return False
+        except FileExistsError:
+            # It was put again meanwhile.
+            pass
+        os.unlink(self._aside(digest))
+        sync_directory(os.path.dirname(path))
+        return True
+
+    def drop_aside(self, digests: Iterable[str]) -> int:
+        """Remove segments that were set aside for good; returns the bytes freed. Raises StoreError."""
+        freed = 0
+        with store_errors(f"removing segments in {self._pruned}"):
+            for digest in digests:
+                with self._condition, contextlib.suppress(FileNotFoundError):
+                    size = os.stat(self._aside(digest)).st_size
+                    os.unlink(self._aside(digest))
+                    freed += size
         return freed
+
+    def _aside(self, digest: str) -> str:
+        return f"{self._pruned}/{digest}.gz"
 
     def _is_whole(self, digest: str, length: int) -> bool:
         try:

@@ -40,19 +40,25 @@ class Run:
     blake3: str
 
 
-def deflate(raw: bytes | memoryview) -> Run:
+def content_digest(raw: bytes | memoryview) -> str:
+    """The BLAKE3 (hex) of raw bytes: the only identity of content. Releases the GIL."""
+    return blake3(raw).hexdigest()
+
+
+def deflate(raw: bytes | memoryview, digest: str = "") -> Run:
     """Compress `raw` into one run. Equal input gives equal output on one kind of machine; releases the GIL.
 
-    Everything goes through one call of the compressor: ISA-L's output depends on the size of the writes.
+    `digest` is its `content_digest`, where that is known already. Everything goes through one call of the compressor:
+    ISA-L's output depends on the size of the writes.
     """
-    return _describe(compress(raw), raw)
+    return _describe(compress(raw), raw, digest)
 
 
-def store_uncompressed(raw: bytes | memoryview) -> Run:
+def store_uncompressed(raw: bytes | memoryview, digest: str = "") -> Run:
     """Wrap `raw`, which is compressed already, into one run of stored blocks: 90 bytes more a MiB; releases the GIL."""
     # zlib's level 0 and not ISA-L's, which compresses with fixed codes and inflates random bytes by 23 %.
     compressor = zlib.compressobj(0, zlib.DEFLATED, _RAW_DEFLATE)
-    return _describe(compressor.compress(raw) + compressor.flush(zlib.Z_FULL_FLUSH), raw)
+    return _describe(compressor.compress(raw) + compressor.flush(zlib.Z_FULL_FLUSH), raw, digest)
 
 
 def compress(raw: bytes | memoryview) -> bytes:
@@ -83,6 +89,6 @@ def append_crc32(crc32: int, other: int, length: int, times: int = 1) -> int:
     return crc32
 
 
-def _describe(data: bytes, raw: bytes | memoryview) -> Run:
+def _describe(data: bytes, raw: bytes | memoryview, digest: str) -> Run:
     length = raw.nbytes if isinstance(raw, memoryview) else len(raw)
-    return Run(data, length, isal_zlib.crc32(raw), blake3(raw).hexdigest())
+    return Run(data, length, isal_zlib.crc32(raw), digest or content_digest(raw))

@@ -1,22 +1,25 @@
 """Reading a store directory, in any process, beside the one that writes.
 
-format                        `zonebundle store 1`: the mark that the directory is ours, and its format
+format                        `zonebundle store 1 <ID>`: the mark that the directory is ours, its format, its random ID
 segments/ab/<digest>.gz
-segments/tmp/
+segments/tmp/                 being written
+segments/pruned/              to be removed, see prune
 bundles/<zone, encoded>/<bundle-id>/{manifest.jsonl, frame}
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
 from zonebundle.errors import FormatError, NoSuchBundleError, StoreError, UsageError
-from zonebundle.model.ids import check_bundle_id, encode_zone_name
+from zonebundle.model.ids import check_bundle_id, decode_zone_name, encode_zone_name
 from zonebundle.model.manifest import Header
 from zonebundle.store.bundle import StoredBundle, load_bundle
 from zonebundle.store.failure import store_errors
@@ -27,8 +30,19 @@ FORMAT = "format"
 BUNDLES = "bundles"
 SEGMENTS = "segments"
 
-_FORMAT_LINE = re.compile(r"zonebundle store (\d{1,9})\n")
+_FORMAT_LINE = re.compile(r"zonebundle store (\d{1,9}) ([0-9a-f-]{36})\n")
+_FORMAT_NUMBER = re.compile(r"zonebundle store (\d{1,9})\b")
 _log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Debris:
+    """What lies in a bundle's place and is none that can be read. `created` is seconds, the directory's own time."""
+
+    zone: str
+    bundle_id: str
+    reason: str
+    created: float
 
 
 class StoreReader:
@@ -59,6 +73,16 @@ class StoreReader:
             # None: a draft, or deleted since the directory was listed.
             if bundle is not None:
                 yield bundle
+
+    def debris(self) -> Iterator[Debris]:
+        """What cannot be read as a bundle, but can be deleted like one."""
+        for directory in self.directories():
+            try:
+                load_bundle(directory, self.segments)
+            except StoreError as error:
+                with contextlib.suppress(FileNotFoundError):
+                    created = os.stat(directory).st_mtime
+                    yield Debris(decode_zone_name(directory.parent.name), directory.name, str(error), created)
 
     def find(self, zone: str, bundle_id: str) -> StoredBundle:
         """The committed bundle. Raises NoSuchBundleError, UsageError (no UUID), StoreError (also of its kinds)."""
@@ -91,8 +115,11 @@ def is_bundle_id(name: str) -> bool:
         return False
 
 
-def read_format(directory: Path) -> int | None:
-    """The format of the store in `directory`, None if none is there yet. Raises FormatError, StoreError."""
+def read_format(directory: Path) -> str | None:
+    """The ID of the store in `directory`, None if none is there yet.
+
+    Raises FormatError if it is no store of the one format that is known, StoreError.
+    """
     path = directory / FORMAT
     with store_errors(f"reading {path}"):
         try:
@@ -100,14 +127,15 @@ def read_format(directory: Path) -> int | None:
                 text = file.read(100).decode("ascii", "replace")
         except (FileNotFoundError, NotADirectoryError):
             return None
+    number = _FORMAT_NUMBER.match(text)
+    if number and int(number[1]) != STORE_FORMAT:
+        raise FormatError(
+            f"store {directory} has format {number[1]}, this zonebundle knows {STORE_FORMAT}; use a newer one"
+        )
     match = _FORMAT_LINE.fullmatch(text)
     if not match:
         raise FormatError(f"{path} is not a store's format file; name another directory in [store] dirs")
-    if int(match[1]) != STORE_FORMAT:
-        raise FormatError(
-            f"store {directory} has format {match[1]}, this zonebundle knows {STORE_FORMAT}; use a newer one"
-        )
-    return STORE_FORMAT
+    return match[2]
 
 
 def _list(directory: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 Removal is in an order that is safe at every crash point: the manifest is renamed to `manifest.deleted`, from where on
 there is no bundle; then the frame goes, then the segments that nothing else uses, and last the renamed manifest, which
-until then tells a recovery which segments to look at. (Part 2 puts a tombstone before and two phases in the segments.)
+until then tells a recovery which segments to look at (see prune).
 """
 
 from __future__ import annotations
@@ -11,19 +11,35 @@ import contextlib
 import fcntl
 import os
 import threading
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import structlog
+
 from zonebundle.errors import ConflictError, NoSuchBundleError, StoreError
 from zonebundle.host import syscalls, trace
-from zonebundle.host.files import make_private_directory, remove_temporaries, remove_tree, sync_directory, write_durably
+from zonebundle.host.files import (
+    make_private_directory,
+    preallocate,
+    remove_temporaries,
+    remove_tree,
+    sync_directory,
+    write_durably,
+)
+from zonebundle.model.ids import decode_zone_name
 from zonebundle.store.bundle import DELETED, MANIFEST, segments_in
 from zonebundle.store.failure import store_errors
 from zonebundle.store.objects import SegmentStore
+from zonebundle.store.prune import Guard, NobodyElse, Pruner
 from zonebundle.store.reader import BUNDLES, FORMAT, SEGMENTS, STORE_FORMAT, StoreReader, read_format
 
+# For the frame, manifest and directories of a bundle whose logs have filled the disk.
+_RESERVE = "reserve"
+_RESERVE_BYTES = 4 << 20
+_log = structlog.get_logger()
 # What a directory that is to become a store may hold: mkfs makes the first, a crash of `open` leaves the second.
 _NOTHING = ("lost+found", f".{FORMAT}.")
 
@@ -33,25 +49,26 @@ class Store(StoreReader):
 
     segments: SegmentStore
 
-    def __init__(self, directory: Path, segments: SegmentStore, lock: int) -> None:
+    def __init__(self, directory: Path, segments: SegmentStore, lock: int, store_id: str, guard: Guard) -> None:
         super().__init__(directory, segments)
+        self.pruner = Pruner(segments, self._referenced, guard)
         self.segments = segments
+        self.store_id = store_id
         self._lock = lock
         # Bundles of one zone share a directory, which a deletion removes when it is empty.
         self._directories = threading.Lock()
         self._deleting = threading.Lock()
 
     @classmethod
-    def open(cls, directory: Path) -> Store:
-        """Create the store or take it over, and remove what a crash left half done.
+    def open(cls, directory: Path, guard: Guard | None = None) -> Store:
+        """Create the store or take it over, and remove what a crash left half done. `guard` tells who uses it besides.
 
         Raises FormatError if it is a newer one, StoreError if it cannot be written, is somebody else's directory, or
         has another writer already.
         """
         with contextlib.ExitStack() as stack:
             with store_errors(f"opening store {directory}"):
-                if read_format(directory) is None:
-                    _make(directory)
+                store_id = prepare(directory)
                 lock = os.open(directory / FORMAT, os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, lock)
                 try:
@@ -60,13 +77,22 @@ class Store(StoreReader):
                     raise StoreError(f"store {directory} has a writer already; stop the other sealer") from None
             segments = SegmentStore(directory / SEGMENTS)
             stack.callback(segments.close)
-            store = cls(directory, segments, lock)
+            store = cls(directory, segments, lock, store_id, guard or NobodyElse())
+            store.pruner.recover()
             store.recover()
+            store.refill_reserve()
             # What an earlier writer renamed and did not get to make durable is relied on from here.
             with store_errors(f"writing out store {directory}"):
                 syscalls.syncfs(lock)
             stack.pop_all()
         return store
+
+    def is_in_place(self) -> bool:
+        """Whether the directory that is open is still the one at its path: disks come and go."""
+        try:
+            return os.path.samestat(os.fstat(self._lock), os.stat(self.directory / FORMAT))
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Give the directory back to other writers."""
@@ -92,14 +118,16 @@ class Store(StoreReader):
         with store_errors(f"cleaning up {self.directory}"):
             remove_temporaries(self.directory)
         found = 0
+        deleted = []
         for directory in list(self.directories()):
             if (directory / DELETED).exists():
-                self._finish_deletion(directory)
+                deleted.append(directory)
             elif not (directory / MANIFEST).exists():
                 self.remove_draft(directory)
             else:
                 continue
             found += 1
+        self._finish_deletions(deleted)
         for zone in self.zones():
             self._remove_if_empty(zone)
         return found
@@ -110,18 +138,34 @@ class Store(StoreReader):
         Raises NoSuchBundleError (also for a bundle that is not committed yet), StoreError. A download of it that has
         begun ends with an error, unless its segments are leased.
         """
-        directory = self.bundle_directory(zone, bundle_id)
+        return self.remove(self.bundle_directory(zone, bundle_id))
+
+    def remove(self, directory: Path) -> int:
+        """As `delete`, by the bundle's directory."""
         with self._deleting:
-            with store_errors(f"deleting {directory}"):
-                try:
-                    with self._directories:
-                        os.rename(directory / MANIFEST, directory / DELETED)
-                except (FileNotFoundError, NotADirectoryError):
-                    if not (directory / DELETED).exists():
-                        raise NoSuchBundleError(zone, bundle_id) from None
-                sync_directory(directory)
-            trace.point("delete.uncommitted")
-            return self._finish_deletion(directory)
+            self._uncommit(directory)
+            return self._finish_deletions([directory])
+
+    def remove_all(self, directories: Iterable[Path]) -> int:
+        """As `remove`, of many bundles at the cost of one; those that are gone already are passed over."""
+        with self._deleting:
+            uncommitted = []
+            for directory in directories:
+                with contextlib.suppress(NoSuchBundleError):
+                    self._uncommit(directory)
+                    uncommitted.append(directory)
+            return self._finish_deletions(uncommitted)
+
+    def _uncommit(self, directory: Path) -> None:
+        with store_errors(f"deleting {directory}"):
+            try:
+                with self._directories:
+                    os.rename(directory / MANIFEST, directory / DELETED)
+            except (FileNotFoundError, NotADirectoryError):
+                if not (directory / DELETED).exists():
+                    raise NoSuchBundleError(decode_zone_name(directory.parent.name), directory.name) from None
+            sync_directory(directory)
+        trace.point("delete.uncommitted")
 
     def sweep(self) -> int:
         """Remove every segment that no bundle uses and that has no lease; returns the bytes freed.
@@ -135,7 +179,7 @@ class Store(StoreReader):
 
     def remove_unreferenced(self, candidates: list[str] | set[str]) -> int:
         """Remove those of the segments that no bundle uses and that have no lease; returns the bytes freed."""
-        return self.segments.remove_unreferenced(candidates, self._referenced)
+        return self.pruner.prune(candidates)
 
     def make_draft(self, zone: str, bundle_id: str) -> Path:
         """A fresh directory for a bundle. Raises ConflictError if the bundle is there already, StoreError."""
@@ -147,6 +191,18 @@ class Store(StoreReader):
             make_private_directory(directory.parent)
             make_private_directory(directory)
         return directory
+
+    def refill_reserve(self) -> None:
+        """Keep a little space back, with which a bundle can be ended when there is no more; if there is that little."""
+        try:
+            preallocate(self.directory / _RESERVE, _RESERVE_BYTES)
+        except OSError as error:
+            _log.warning("no space for the store's reserve", directory=str(self.directory), reason=error.strerror)
+
+    def spend_reserve(self) -> None:
+        """Free the space that was kept back."""
+        with store_errors(f"removing {self.directory / _RESERVE}"), contextlib.suppress(FileNotFoundError):
+            os.unlink(self.directory / _RESERVE)
 
     def publish(self, directory: Path, draft: str) -> None:
         """Commit a bundle: the file `draft` in its directory, durable as all the rest, becomes the manifest."""
@@ -161,20 +217,27 @@ class Store(StoreReader):
             remove_tree(directory)
             self._remove_if_empty(directory.parent)
 
-    def _finish_deletion(self, directory: Path) -> int:
+    def _finish_deletions(self, directories: Sequence[Path]) -> int:
         freed = 0
-        with store_errors(f"deleting {directory}"):
-            for file in _files(directory):
-                if file.name != DELETED:
-                    freed += os.stat(file.path).st_size
-                    os.unlink(file.path)
-            trace.point("delete.frame-removed")
-            freed += self.remove_unreferenced(set(segments_in(directory / DELETED)))
-            trace.point("delete.segments-removed")
-            freed += (directory / DELETED).stat().st_size
-            # Not synced: what a power cut brings back of it is removed by `recover`.
-            remove_tree(directory)
-            self._remove_if_empty(directory.parent)
+        candidates: set[str] = set()
+        if not directories:
+            return freed
+        for directory in directories:
+            with store_errors(f"deleting {directory}"):
+                for file in _files(directory):
+                    if file.name != DELETED:
+                        freed += os.stat(file.path).st_size
+                        os.unlink(file.path)
+                candidates.update(segments_in(directory / DELETED))
+        trace.point("delete.frame-removed")
+        freed += self.remove_unreferenced(candidates)
+        trace.point("delete.segments-removed")
+        for directory in directories:
+            with store_errors(f"deleting {directory}"):
+                freed += (directory / DELETED).stat().st_size
+                # Not synced: what a power cut brings back of it is removed by `recover`.
+                remove_tree(directory)
+                self._remove_if_empty(directory.parent)
         return freed
 
     def _remove_if_empty(self, zone: Path) -> None:
@@ -193,15 +256,23 @@ class Store(StoreReader):
         return used
 
 
-def _make(directory: Path) -> None:
+def prepare(directory: Path) -> str:
+    """Make a directory a store if it is none yet; returns the store's ID. Raises FormatError, StoreError."""
+    with store_errors(f"preparing store {directory}"):
+        return read_format(directory) or _make(directory)
+
+
+def _make(directory: Path) -> str:
     make_private_directory(directory)
     foreign = [name for name in os.listdir(directory) if not name.startswith(_NOTHING)]
     if foreign:
         raise StoreError(f"{directory} is neither empty nor a store; name another directory in [store] dirs")
     # First of all: everything else in the directory is ours because of it.
-    write_durably(directory / FORMAT, f"zonebundle store {STORE_FORMAT}\n".encode("ascii"))
+    store_id = str(uuid.uuid4())
+    write_durably(directory / FORMAT, f"zonebundle store {STORE_FORMAT} {store_id}\n".encode("ascii"))
     make_private_directory(directory / BUNDLES)
     sync_directory(directory.parent)
+    return store_id
 
 
 def _files(directory: Path) -> Iterator[os.DirEntry[str]]:
