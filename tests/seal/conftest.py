@@ -7,6 +7,7 @@ import pytest
 from support import leaks
 from support.spooled import INSTALLATION, Draft, SpoolDir
 from zonebundle.seal.sealer import Sealed, Sealer
+from zonebundle.seal.storage import Storage
 from zonebundle.seal.workers import Workers
 from zonebundle.snapshots.areas import destroy_area
 
@@ -23,7 +24,8 @@ def sealer(at: SpoolDir) -> Iterator[Sealer]:
     """A sealer in this process, that leaks nothing."""
     with leaks.no_leaks():
         workers = Workers(2)
-        sealer = Sealer(at.spool, at.store, lambda area: destroy_area(area, INSTALLATION), workers)
+        storage = Storage(at.state, [at.store])
+        sealer = Sealer(at.spool, storage, lambda area, unlinked: destroy_area(area, INSTALLATION, unlinked), workers)
         yield sealer
         workers.close()
         sealer.close()

@@ -13,8 +13,9 @@ from zonebundle.model.ids import snapshot_name
 from zonebundle.model.record import Area, SnapshotTree
 from zonebundle.seal.entry import SpoolEntry
 from zonebundle.seal.sealer import Sealer
+from zonebundle.seal.storage import Storage
 from zonebundle.seal.workers import Workers
-from zonebundle.snapshots.areas import destroy_area, prepare_area
+from zonebundle.snapshots.areas import Unlinked, destroy_area, prepare_area
 from zonebundle.store.reader import StoreReader
 
 NEVER = threading.Event()
@@ -112,12 +113,12 @@ def test_followers_that_went_away_by_themselves_are_noticed(at: SpoolDir, sealer
     group = Group(at, followers=1)
     group.record(group.leader)
     seal(sealer, group.leader)
-    sealer.settle_kept()
+    sealer.settle()
     assert group.area.is_dir()
     # Its capture failed; the agent removed its entry.
     group.followers[0].writer.close()
     SpoolEntry(at.spool, group.followers[0].bundle_id).remove()
-    sealer.settle_kept()
+    sealer.settle()
     assert at.left() == []
 
 
@@ -187,13 +188,13 @@ def failing(at: SpoolDir) -> Iterator[tuple[Sealer, list[Path]]]:
     """A sealer that cannot destroy the areas in the list."""
     stuck: list[Path] = []
 
-    def destroy(area: Area) -> None:
+    def destroy(area: Area, unlinked: Unlinked | None) -> None:
         if Path(area.path) in stuck:
             raise SnapshotError(f"{area.path} is busy")
-        destroy_area(area, INSTALLATION)
+        destroy_area(area, INSTALLATION, unlinked)
 
     workers = Workers(1)
-    sealer = Sealer(at.spool, at.store, destroy, workers)
+    sealer = Sealer(at.spool, Storage(at.state, [at.store]), destroy, workers)
     yield sealer, stuck
     workers.close()
     sealer.close()

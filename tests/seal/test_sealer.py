@@ -7,17 +7,19 @@ import random
 import subprocess
 import tarfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from support.spooled import CREATED, INSTALLATION, MTIME_NS, Draft, SpoolDir, log_lines
 from zonebundle.errors import FormatError, NotFoundError, SealCanceledError, SealError, StoreError
+from zonebundle.model.manifest import Piece
 from zonebundle.model.record import Limits, Part
 from zonebundle.seal import compress
 from zonebundle.seal.sealer import Sealed, Sealer
 from zonebundle.store import pieces
+from zonebundle.store.objects import SegmentStore
 from zonebundle.store.pieces import CHUNK, SMALL, Run
 from zonebundle.store.reader import StoreReader
 from zonebundle.store.splice import splice
@@ -400,9 +402,9 @@ def test_canceling_leaves_nothing_in_the_store(at: SpoolDir, sealer: Sealer, mon
     draft.write()
     canceled = threading.Event()
 
-    def deflate(raw: bytes) -> Run:
+    def deflate(raw: bytes, digest: str) -> Run:
         canceled.set()
-        return pieces.deflate(raw)
+        return pieces.deflate(raw, digest)
 
     monkeypatch.setattr(compress, "deflate", deflate)
     with pytest.raises(SealCanceledError):
@@ -421,16 +423,15 @@ def test_a_store_that_fails_leaves_the_entry_as_it_was(
         draft.add_log(b"%d.log" % number, log_lines(300_000, number))
     draft.write()
     before = sorted(str(path) for path in draft.entry.rglob("*"))
-    segments = sealer.store().segments
-    original = segments.put
+    original = SegmentStore.put
     calls = iter(range(1000))
 
-    def fail(runs: object, owner: str) -> object:
+    def fail(segments: SegmentStore, runs: Sequence[Run], owner: str) -> list[Piece]:
         if next(calls) == 10:
             raise StoreError("writing a segment failed: no space left on device")
-        return original(runs, owner)  # type: ignore[arg-type]
+        return original(segments, runs, owner)
 
-    monkeypatch.setattr(segments, "put", fail)
+    monkeypatch.setattr(SegmentStore, "put", fail)
     with pytest.raises(StoreError, match="no space"):
         sealer.seal(draft.bundle_id, lambda total, done: None, NEVER)
     assert list(at.store.rglob("*.gz")) == []

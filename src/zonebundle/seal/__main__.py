@@ -18,18 +18,24 @@ from zonebundle.host.priority import lower_priority
 from zonebundle.model.record import Area
 from zonebundle.seal.sealer import Sealer
 from zonebundle.seal.service import Service
+from zonebundle.seal.storage import SPOOL, Storage
+from zonebundle.seal.upkeep import Upkeep
 from zonebundle.seal.workers import Workers
-from zonebundle.snapshots.areas import destroy_area
+from zonebundle.snapshots.areas import Unlinked, destroy_area
 
 _LOCK_FILE = "spool.lock"
-_SPOOL = "spool"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Serve until the agent's end of the socket closes; never returns."""
     parser = argparse.ArgumentParser(prog="zonebundle.seal")
     parser.add_argument("--state", type=Path, required=True, help="the agent's state directory")
-    parser.add_argument("--store", type=Path, required=True, help="the store's directory")
+    parser.add_argument(
+        "--store", type=Path, required=True, action="append", help="a store directory; the first is preferred"
+    )
+    parser.add_argument(
+        "--quota", type=int, help="bytes that a store directory may use, instead of what the disk tells"
+    )
     parser.add_argument("--installation", required=True, help="the ID that marks what is ours")
     parser.add_argument("--workers", type=int, default=0, help="threads that compress; 0: one a core")
     parser.add_argument("--fd", type=int, required=True, help="the socket to the agent")
@@ -62,18 +68,20 @@ def _lock(path: Path) -> None:
 async def _serve(options: argparse.Namespace) -> None:
     installation: str = options.installation
 
-    def destroy(area: Area) -> None:
-        destroy_area(area, installation)
+    def destroy(area: Area, unlinked: Unlinked | None) -> None:
+        destroy_area(area, installation, unlinked)
 
+    storage = Storage(options.state, options.store)
     sealer = Sealer(
-        options.state / _SPOOL,
-        options.store,
+        options.state / SPOOL,
+        storage,
         destroy,
         Workers(options.workers or len(os.sched_getaffinity(0))),
         agent=proc.identify(options.agent),
     )
     reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=options.fd))
-    await Service(sealer, reader, writer).run()
+    upkeep = Upkeep(options.state / SPOOL, storage, options.quota)
+    await Service(sealer, upkeep, reader, writer).run()
     # Threads may be in the middle of anything; every state is one that the next sealer can go on from.
     os._exit(0)
 

@@ -41,6 +41,10 @@ class OpenAreas:
             os.close(directory)
         self._directories.clear()
 
+    def may_hold_links(self, number: int) -> bool:
+        """Whether an area may hold files by a second name."""
+        return self._areas[number].kind == "staged"
+
     def open(self, part: Part) -> int:
         """A descriptor of the file of a staged part, or of a file in a snapshot; the caller closes it.
 

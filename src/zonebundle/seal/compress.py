@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from zonebundle.errors import SealCanceledError
+from zonebundle.errors import FullError, SealCanceledError
 from zonebundle.host import trace
+from zonebundle.model.identity import FileIdentity
 from zonebundle.model.manifest import Piece
 from zonebundle.model.paths import printable
+from zonebundle.model.quantities import format_size
+from zonebundle.model.record import LogFile
 from zonebundle.model.report import Gap
 from zonebundle.seal.areas import OpenAreas
+from zonebundle.seal.known import Known
 from zonebundle.seal.marks import CRASHES_TO_SKIP, CrashMarks
 from zonebundle.seal.plan import PlannedLog
-from zonebundle.seal.reading import LogReader, read_whole
+from zonebundle.seal.reading import LogReader, identify, read_whole
 from zonebundle.seal.report import Gaps
 from zonebundle.seal.workers import Workers
-from zonebundle.store.pieces import CHUNK, SMALL, Run, deflate, is_compressed, store_uncompressed
+from zonebundle.store.pieces import CHUNK, SMALL, Run, content_digest, deflate, is_compressed, store_uncompressed
 
 # A pack is closed at so many raw bytes or logs, or when so many bytes have been read since it was begun: logs leave
 # in order, so those behind it wait for it. It is no bigger than a chunk, to share out small logs over the workers.
@@ -51,12 +56,17 @@ class _Job(Protocol):
 
 @dataclass(slots=True)
 class _Log:
-    """A log of which jobs are on their way; `jobs` give its further pieces, in order."""
+    """A log of which jobs are on their way; `jobs` give its further pieces, in order.
+
+    `identity` is that of what was read, None if it is not certain or known already.
+    """
 
     planned: PlannedLog
     pieces: list[Piece]
     jobs: deque[_Job]
     is_read: bool = False
+    identity: FileIdentity | None = None
+    is_known: bool = False
 
     def collect(self, *, block: bool = False) -> bool:
         """Take the pieces that are ready, in order; whether that was all of them."""
@@ -71,7 +81,7 @@ class _Pack:
     def __init__(self, begun: int) -> None:
         self.begun = begun
         self.size = 0
-        self.logs: list[PlannedLog] = []
+        self.logs: list[_Log] = []
         self.future: Future[list[Piece]] | None = None
 
 
@@ -108,7 +118,8 @@ class Compression:
 
     Reading is done by the thread that iterates, so that a file system that hangs costs nobody else; compressing,
     hashing and writing by the shared workers, but for tiny logs, where threads would only stand in each other's way.
-    In memory are the jobs in flight and one chunk, or pack, being read.
+    In memory are the jobs in flight and one chunk, or pack, being read. A file that is known is not even read, a
+    content that is known not compressed.
     """
 
     def __init__(
@@ -117,20 +128,29 @@ class Compression:
         workers: Workers,
         segments: Segments,
         owner: str,
+        known: Known,
         marks: CrashMarks,
         gaps: Gaps,
         canceled: threading.Event,
         read: Callable[[int], None],
+        *,
+        may_cut: bool = False,
     ) -> None:
-        """`read` is told how many bytes have gone to the workers, at each step."""
+        """`read` is told how many bytes have gone to the workers, at each step.
+
+        `may_cut`: where the store is full, the logs from there on are a gap. They come newest first.
+        """
         self._areas = areas
         self._workers = workers
         self._segments = segments
         self._owner = owner
+        self._known = known
         self._marks = marks
         self._gaps = gaps
         self._canceled = canceled
         self._tell = read
+        self._may_cut = may_cut
+        self.is_cut = False
         self._logs: deque[_Log] = deque()
         self._pack: _Pack | None = None
         self._bytes = 0
@@ -143,9 +163,22 @@ class Compression:
         Raises StoreError, SealCanceledError, and what reading raises for the bundle as a whole (see LogReader).
         """
         try:
-            yield self._iterate(logs)
+            yield self._cut_where_full(logs)
         finally:
             wait(self._running)
+
+    def _cut_where_full(self, logs: Iterator[PlannedLog]) -> Iterator[tuple[PlannedLog, list[Piece]]]:
+        try:
+            yield from self._iterate(logs)
+        except FullError as error:
+            if not self._may_cut:
+                raise
+            self.is_cut = True
+            wait(self._running)
+            left = [log.planned.length for log in self._logs]
+            left += (planned.length for planned in logs)
+            what = f"{len(left)} logs, {format_size(sum(left))}"
+            self._gaps.add(Gap(what, f"they did not fit into the store, the newest are kept: {error}"))
 
     def _iterate(self, logs: Iterator[PlannedLog]) -> Iterator[tuple[PlannedLog, list[Piece]]]:
         for planned in logs:
@@ -165,6 +198,8 @@ class Compression:
 
     def _leave(self) -> tuple[PlannedLog, list[Piece]]:
         log = self._logs.popleft()
+        if not log.is_known:
+            self._known.note(log.identity, log.pieces)
         return log.planned, log.pieces
 
     def _take(self, planned: PlannedLog) -> None:
@@ -172,7 +207,7 @@ class Compression:
         log = _Log(planned, [], deque())
         self._logs.append(log)
         length = planned.length
-        if not length:
+        if not length or self._find(log):
             pass
         elif length < SMALL and not self._marks.suspects(planned.number):
             self._put_in_pack(log, length)
@@ -182,9 +217,35 @@ class Compression:
                 self._close_pack()
             with LogReader(planned.log, self._areas, self._noter(planned)) as reader:
                 self._read_chunks(log, reader)
+            log.identity = reader.identity
         log.is_read = True
         if self._pack is not None and self._bytes - self._pack.begun >= _PACK_PATIENCE:
             self._close_pack()
+
+    def _find(self, log: _Log) -> bool:
+        """Whether the log is known as a whole: then its pieces are there."""
+        planned = log.planned.log
+        found = self._known.file(planned.identity) if not planned.first else None
+        if found is None:
+            return False
+        known, log.pieces = found
+        log.is_known = True
+        with contextlib.suppress(OSError):
+            self._renew(planned, known)
+        self._tell(log.planned.length)
+        return True
+
+    def _renew(self, log: LogFile, known: FileIdentity) -> None:
+        """Of a link, the index is to know the ctime that the link has made: or it would not be known the next time."""
+        if len(log.parts) != 1 or not self._areas.may_hold_links(log.parts[0].area):
+            return
+        descriptor = self._areas.open(log.parts[0])
+        try:
+            now = identify(descriptor, log)
+        finally:
+            os.close(descriptor)
+        if now is not None and replace(now, ctime_ns=known.ctime_ns) == known:
+            self._known.renew(known, now.ctime_ns)
 
     def _put_in_pack(self, log: _Log, length: int) -> None:
         pack = self._pack
@@ -194,7 +255,7 @@ class Compression:
         if pack is None:
             pack = self._pack = _Pack(self._bytes)
         log.jobs.append(_Share(pack, len(pack.logs)))
-        pack.logs.append(log.planned)
+        pack.logs.append(log)
         pack.size += length
         self._bytes += length
 
@@ -203,7 +264,7 @@ class Compression:
         if pack is None:
             return
         logs, pack.logs = pack.logs, []
-        numbers = (logs[0].number, logs[-1].number)
+        numbers = (logs[0].planned.number, logs[-1].planned.number)
         if pack.size < _TINY * len(logs):
             pack.future = Future()
             with self._workers.by_itself():
@@ -214,8 +275,12 @@ class Compression:
             raws = self._read_all(logs)
             pack.future = self._submit(lambda slot: self._compress(slot, raws, numbers), pack.size)
 
-    def _read_all(self, logs: list[PlannedLog]) -> list[bytes]:
-        return [read_whole(planned.log, self._areas, self._noter(planned)) for planned in logs]
+    def _read_all(self, logs: list[_Log]) -> list[bytes]:
+        raws = []
+        for log in logs:
+            raw, log.identity = read_whole(log.planned.log, self._areas, self._noter(log.planned))
+            raws.append(raw)
+        return raws
 
     def _read_chunks(self, log: _Log, reader: LogReader) -> None:
         """Cut at multiples of CHUNK from the file's begin, so that a log that has grown is cut alike."""
@@ -257,15 +322,21 @@ class Compression:
     def _compress(
         self, slot: int, raws: list[bytes], numbers: tuple[int, int], *, is_stored: bool | None = None
     ) -> list[Piece]:
-        """In a worker: compress each of `raws`, and put them into one segment."""
+        """In a worker: a piece for each of `raws`. Those that are not known are compressed, into one segment."""
         self._marks.begin(slot, *numbers)
         try:
             trace.point("seal.reading")
+            pieces: list[Piece | None] = []
             runs = []
             for raw in raws:
-                as_is = is_compressed(raw[:_MAGIC]) if is_stored is None else is_stored
-                runs.append(store_uncompressed(raw) if as_is else deflate(raw))
-            return self._segments.put(runs, self._owner)
+                digest = content_digest(raw)
+                piece = self._known.content(digest, len(raw))
+                pieces.append(piece)
+                if piece is None:
+                    as_is = is_compressed(raw[:_MAGIC]) if is_stored is None else is_stored
+                    runs.append(store_uncompressed(raw, digest) if as_is else deflate(raw, digest))
+            made = iter(self._segments.put(runs, self._owner) if runs else ())
+            return [piece or next(made) for piece in pieces]
         finally:
             self._marks.end(slot)
 

@@ -18,6 +18,7 @@ from zonebundle.model.metadata import parse_time
 from zonebundle.model.record import OUTPUTS_FILE, RECORD_FILE, Area, LogFile, Output, Part, RecordHeader, SnapshotTree
 from zonebundle.model.report import Gap, Step
 from zonebundle.seal.report import Gaps
+from zonebundle.store.bundle import segments_in
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ class SpoolEntry:
 
     def read_record(self) -> Record:
         """Read everything but the log files; raises FormatError if it is damaged, OSError."""
-        header: RecordHeader | None = None
+        header = self.read_header()
         gaps = Gaps()
         steps: list[Step] = []
         outputs: list[Output] = []
@@ -95,15 +96,20 @@ class SpoolEntry:
             if line.startswith(_FILE_LINE):
                 # Parsed when its turn comes; here it would only cost time.
                 total += _kept_bytes(line)
-            elif header is None:
-                header = self._parse(number, line, _header)
-            else:
+            elif number > 1:
                 self._parse(number, line, lambda data: [takes[kind](value) for kind, value in data.items()])
-        if header is None:
-            raise FormatError(f"{self.path / RECORD_FILE} is empty: the record is damaged; delete the bundle to go on")
+        return Record(header, tuple(steps), gaps, tuple(outputs), tuple(areas), tuple(trees), total)
+
+    def read_header(self) -> RecordHeader:
+        """The record's first line. Raises FormatError if it is damaged, OSError."""
+        for number, line in self._lines():
+            return self._check_header(self._parse(number, line, _header))
+        raise FormatError(f"{self.path / RECORD_FILE} is empty: the record is damaged; delete the bundle to go on")
+
+    def _check_header(self, header: RecordHeader) -> RecordHeader:
         if header.metadata.bundle_id != self.bundle_id:
             raise FormatError(f"{self.path / RECORD_FILE} is that of bundle {header.metadata.bundle_id}; put it there")
-        return Record(header, tuple(steps), gaps, tuple(outputs), tuple(areas), tuple(trees), total)
+        return header
 
     def log_files(self, areas: int) -> Iterator[LogFile]:
         """The log files in the order of the record; `areas` is how many areas it names. Raises as `read_record`."""
@@ -131,6 +137,13 @@ class SpoolEntry:
                     else:
                         followers.extend(check_bundle_id(follower) for follower in data["followers"])
         return Uses(tuple(areas), tuple(followers))
+
+    def segments(self) -> set[str]:
+        """The segments (hex digests) whose pieces the record names; none if it has gone. Raises OSError."""
+        try:
+            return set(segments_in(self.path / RECORD_FILE))
+        except FileNotFoundError:
+            return set()
 
     def open_outputs(self) -> int:
         """A descriptor of the outputs file; the caller closes it."""

@@ -1,4 +1,4 @@
-"""The agent's side of the sealer: starts it, restarts it, tells it what to seal, hears what became of it."""
+"""The agent's side of the sealer: starts it, restarts it, asks it for work, hears what became of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,14 @@ from typing import Any
 import structlog
 
 import zonebundle
-from zonebundle.errors import NoSuchBundleError, NotFoundError, StoreError, UnavailableError, ZoneBundleError
+from zonebundle.errors import (
+    NoSuchBundleError,
+    NotFoundError,
+    StoreError,
+    UnavailableError,
+    UsageError,
+    ZoneBundleError,
+)
 from zonebundle.host import trace
 from zonebundle.host.process import built_environment
 
@@ -31,20 +38,27 @@ _LONGEST_PAUSE = 30.0
 _HEALTHY = 60.0
 _EXIT_PATIENCE = 2.0
 
-# Of one message: an error in one line may hold two paths.
-_LONGEST_MESSAGE = 1 << 20
+# Of one message: a clean-up names every bundle that it removed.
+_LONGEST_MESSAGE = 64 << 20
 
 Event = dict[str, Any]
 
+# The errors that are told from each other by their code; any other is one of the store.
+_ERRORS: dict[str, type[ZoneBundleError]] = {kind.code: kind for kind in (UsageError, UnavailableError)}
 
-@dataclass(frozen=True, slots=True)
-class _Deletion:
-    """A deletion on its way. `was_pending`: the bundle was still to be sealed."""
 
-    zone: str
-    bundle_id: str
-    was_pending: bool
-    done: asyncio.Future[int]
+@dataclass(slots=True)
+class _Request:
+    """Something to be answered. `is_repeated`: it was told before, to a sealer that did not live to answer."""
+
+    message: Event
+    done: asyncio.Future[Any]
+    is_told: bool = False
+    is_repeated: bool = False
+
+    def succeed(self, result: Any) -> None:
+        if not self.done.done():
+            self.done.set_result(result)
 
     def fail(self, error: ZoneBundleError) -> None:
         if not self.done.done():
@@ -53,26 +67,37 @@ class _Deletion:
             self.done.exception()
 
 
+@dataclass(slots=True)
+class _Deletion(_Request):
+    """`was_pending`: the bundle was still to be sealed."""
+
+    zone: str = ""
+    bundle_id: str = ""
+    was_pending: bool = False
+
+
 class SealerLink:
     """One supervised sealer process. Belongs to one event loop, and never waits for the sealer in it.
 
-    What is to be sealed or deleted is remembered here until the sealer has told its end, and told again to each new
-    sealer: it may die, or be stopped, at any time.
+    What it is to do is remembered here until the sealer has told its end, and told again to each new sealer: it may
+    die, or be stopped, at any time. What is drained is told to each before everything else.
     """
 
     def __init__(
         self,
         *,
         state_dir: Path,
-        store_dir: Path,
+        store_dirs: Sequence[Path],
+        quota: int | None = None,
         installation: str,
         workers: int = 0,
         on_event: Callable[[Event], None],
     ) -> None:
-        """`workers` 0 is one a core. `on_event` gets the sealer's messages but for those about deletions."""
+        """`workers` 0 is one a core. `on_event` gets what becomes of the bundles to be sealed."""
         self._arguments = [
             *("--state", str(state_dir)),
-            *("--store", str(store_dir)),
+            *(argument for directory in store_dirs for argument in ("--store", str(directory))),
+            *(("--quota", str(quota)) if quota is not None else ()),
             *("--installation", installation),
             *("--workers", str(workers)),
         ]
@@ -82,11 +107,11 @@ class SealerLink:
         self._supervision: asyncio.Task[None] | None = None
         self._is_ready = False
         self._to_seal: dict[str, None] = {}
-        self._to_delete: dict[int, _Deletion] = {}
-        # Those of them that were told to a sealer which did not live to answer.
-        self._repeated: set[int] = set()
-        self._told: set[int] = set()
-        self._requests = itertools.count(1)
+        self._requests: dict[int, _Request] = {}
+        self._numbers = itertools.count(1)
+        self._drained: dict[str, None] = {}
+        # Drains that a new sealer has not confirmed yet: nothing else is told before.
+        self._unconfirmed: set[int] = set()
 
     @property
     def pid(self) -> int | None:
@@ -109,14 +134,43 @@ class SealerLink:
 
         Raises NoSuchBundleError, StoreError. Cancelling the call does not cancel the deletion.
         """
-        request = next(self._requests)
-        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        number = next(self._numbers)
+        message = {"delete": {"request": number, "zone": zone, "id": bundle_id}}
         was_pending = bundle_id in self._to_seal
         self._to_seal.pop(bundle_id, None)
-        self._to_delete[request] = _Deletion(zone, bundle_id, was_pending, done)
+        freed: int = await self._request(
+            number, _Deletion(message, _future(), zone=zone, bundle_id=bundle_id, was_pending=was_pending)
+        )
+        return freed
+
+    async def ask(self, do: str, **arguments: Any) -> Any:
+        """Have the sealer do something, and return its answer; waits for a sealer if there is none now.
+
+        It is told again to a new sealer if this one dies, so it must be something that may be done twice. Raises the
+        sealer's StoreError, UsageError or UnavailableError. Cancelling the call does not cancel what was asked.
+        """
+        number = next(self._numbers)
+        message = {"ask": {"request": number, "do": do, **arguments}}
+        return await self._request(number, _Request(message, _future()))
+
+    async def drain(self, path: str) -> None:
+        """Have this sealer, and every later one, use nothing below `path` that it does not use yet; as `ask`.
+
+        Call neither this nor `undrain` before the call before has returned: the sealer may do them in any order.
+        """
+        self._drained[path] = None
+        await self.ask("drain", path=path)
+
+    async def undrain(self, path: str) -> None:
+        """The opposite of `drain`."""
+        self._drained.pop(path, None)
+        await self.ask("undrain", path=path)
+
+    async def _request(self, number: int, request: _Request) -> Any:
+        self._requests[number] = request
         if self._is_ready:
-            self._send_deletion(request)
-        return await asyncio.shield(done)
+            self._tell(request)
+        return await asyncio.shield(request.done)
 
     async def close(self) -> None:
         """End the sealer, and reap it. What it was doing is done by the next one."""
@@ -125,9 +179,9 @@ class SealerLink:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervision
             self._supervision = None
-        for deletion in self._to_delete.values():
-            deletion.fail(UnavailableError("the agent is stopping; delete the bundle when it is back"))
-        self._to_delete.clear()
+        for request in self._requests.values():
+            request.fail(UnavailableError("the agent is stopping; ask again when it is back"))
+        self._requests.clear()
 
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -188,20 +242,29 @@ class SealerLink:
                         self._take(json.loads(line))
         finally:
             self._is_ready = False
-            self._repeated |= self._told
+            self._unconfirmed.clear()
+            for request in self._requests.values():
+                request.is_repeated = request.is_told
             self._transport = None
             writer.transport.abort()
 
     def _take(self, message: Event) -> None:
         match message:
             case {"ready": _}:
-                self._is_ready = True
-                for bundle_id in self._to_seal:
-                    self._send({"seal": bundle_id})
-                for request in self._to_delete:
-                    self._send_deletion(request)
+                for path in self._drained:
+                    number = next(self._numbers)
+                    self._unconfirmed.add(number)
+                    self._send({"ask": {"request": number, "do": "drain", "path": path}})
+                self._tell_all_if_confirmed()
             case {"deleted": told}:
                 self._end_deletion(told)
+            case {"answer": told} if told["request"] in self._unconfirmed:
+                if "error" in told:
+                    _log.error("a new sealer may use what is drained", reason=told["error"])
+                self._unconfirmed.discard(told["request"])
+                self._tell_all_if_confirmed()
+            case {"answer": told}:
+                self._end_request(told)
             case _:
                 match message:
                     case {"sealed": {"id": bundle_id}} | {"gone": {"id": bundle_id}}:
@@ -213,21 +276,32 @@ class SealerLink:
         if self._transport is not None:
             self._transport.write(json.dumps(message, separators=(",", ":")).encode("ascii") + b"\n")
 
-    def _send_deletion(self, request: int) -> None:
-        self._told.add(request)
-        deletion = self._to_delete[request]
-        self._send({"delete": {"request": request, "zone": deletion.zone, "id": deletion.bundle_id}})
+    def _tell_all_if_confirmed(self) -> None:
+        if self._unconfirmed:
+            return
+        self._is_ready = True
+        for bundle_id in self._to_seal:
+            self._send({"seal": bundle_id})
+        for request in self._requests.values():
+            self._tell(request)
+
+    def _tell(self, request: _Request) -> None:
+        request.is_told = True
+        self._send(request.message)
+
+    def _end_request(self, told: dict[str, Any]) -> None:
+        request = self._requests.pop(told["request"])
+        if "error" in told:
+            request.fail(_ERRORS.get(told["code"], StoreError)(told["error"]))
+        else:
+            request.succeed(told["result"])
 
     def _end_deletion(self, told: dict[str, Any]) -> None:
-        request = told["request"]
-        deletion = self._to_delete.pop(request)
-        is_repeated = request in self._repeated
-        self._told.discard(request)
-        self._repeated.discard(request)
-        if "error" not in told or (is_repeated and told["code"] == NotFoundError.code):
+        deletion = self._requests.pop(told["request"])
+        assert isinstance(deletion, _Deletion)
+        if "error" not in told or (deletion.is_repeated and told["code"] == NotFoundError.code):
             # The sealer that died, or the recovery of this one, had deleted it already.
-            if not deletion.done.done():
-                deletion.done.set_result(told.get("freed", 0))
+            deletion.succeed(told.get("freed", 0))
         elif told["code"] == NotFoundError.code:
             deletion.fail(NoSuchBundleError(deletion.zone, deletion.bundle_id))
         else:
@@ -257,3 +331,7 @@ class SealerLink:
             # Cancelled again, we do not wait for it to end by itself.
             process.kill()
             process.wait()
+
+
+def _future() -> asyncio.Future[Any]:
+    return asyncio.get_running_loop().create_future()

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import IO
 
 from zonebundle.errors import OutsideRootError
+from zonebundle.host import syscalls
 from zonebundle.host.files import Found, open_root, walk_beneath
+from zonebundle.model.identity import TRUSTED_AGE_NS, FileIdentity
+from zonebundle.model.metadata import parse_time
 from zonebundle.model.paths import printable
 from zonebundle.model.quantities import format_size
 from zonebundle.model.record import LIVE, Limits, LogFile, Part, SnapshotTree
@@ -62,7 +65,11 @@ def plan(entry: SpoolEntry, record: Record, areas: OpenAreas) -> Iterator[Plan]:
     with contextlib.ExitStack() as runs:
         limits = record.header.limits
         recorded = _recorded(entry, areas) if any(tree.area == LIVE for tree in record.trees) else frozenset()
-        found = [_Walk(tree, areas, limits, _Runs(entry.path, runs), record.gaps, recorded) for tree in record.trees]
+        # The bundle was created when its hold began.
+        created = round(parse_time(record.header.metadata.time_created) * 1e9)
+        found = [
+            _Walk(tree, areas, limits, _Runs(entry.path, runs), record.gaps, recorded, created) for tree in record.trees
+        ]
         total = record.bytes + sum(walk.bytes for walk in found)
         yield Plan(total, _number(_all_logs(entry, areas, found), limits, record.gaps))
 
@@ -147,13 +154,17 @@ class _Walk:
         runs: _Runs,
         gaps: Gaps,
         recorded: frozenset[tuple[str, bytes]],
+        taken_after: int,
     ) -> None:
+        """`taken_after`: wall clock (ns), no later than the snapshot."""
         self._tree = tree
         self._limit = limits.file
         self._gaps = gaps
         self._runs = runs
         self._wanted = Wanted(LogTree(tree.source, tree.host_root, tree.patterns, tree.prefix))
         self._linked: set[int] = set()
+        self._taken_after = taken_after
+        self._device = -1
         self._recorded = recorded if tree.area == LIVE else frozenset()
         self.bytes = 0
         try:
@@ -162,6 +173,7 @@ class _Walk:
             self._gap("", f"its directory cannot be opened any more: {error}")
             return
         try:
+            self._device = os.fstat(root).st_dev
             for top in self._wanted.tops:
                 with contextlib.suppress(FileNotFoundError):
                     self._walk(root, top)
@@ -172,10 +184,18 @@ class _Walk:
         for item in walk_beneath(root, top):
             if isinstance(item, Found):
                 if self._wanted.matches(item.path) and self._is_taken(root, item):
-                    self._runs.add(_name(item))
+                    self._runs.add(_name(item, *self._stamps(root, item)))
                     self.bytes += min(item.status.st_size, self._limit)
             elif item.lost:
                 self._gap(item.path, item.reason)
+
+    def _stamps(self, root: int, found: Found) -> tuple[int, int]:
+        """ctime and birth of a file in a snapshot, if a change after the snapshot would show in its log."""
+        status = found.status
+        youngest = max(status.st_mtime_ns, status.st_ctime_ns)
+        if self._tree.area == LIVE or status.st_dev != self._device or youngest + TRUSTED_AGE_NS > self._taken_after:
+            return 0, 0
+        return status.st_ctime_ns, syscalls.birth_time_ns(root, os.fsencode(found.path))
 
     def _gap(self, path: str, reason: str) -> None:
         what = "/".join(part for part in ("logs", self._tree.source, self._tree.prefix, path) if part)
@@ -206,7 +226,7 @@ class _Walk:
         return map(self._log, self._runs.sorted())
 
     def _log(self, name: _Name) -> LogFile:
-        newness, path, size, mode, inode = name
+        newness, path, size, mode, inode, ctime_ns, born_ns = name
         first = max(0, size - self._limit)
         if self._tree.area == LIVE:
             parts: tuple[Part, ...] = (Part(first, size - first, "live"),) if size > first else ()
@@ -223,20 +243,24 @@ class _Walk:
             mtime_ns=-newness,
             inode=inode,
             parts=parts,
+            identity=FileIdentity(self._tree.filesystem, inode, born_ns, size, -newness, ctime_ns)
+            if ctime_ns and not first
+            else None,
         )
 
 
-# -mtime (ns), so that the newest comes first; path; size; mode; inode.
-_Name = tuple[int, str, int, int, int]
+# -mtime (ns), so that the newest comes first; path; size; mode; inode; ctime and birth (ns; ctime 0: not certain).
+_Name = tuple[int, str, int, int, int, int, int]
 
 
-def _name(found: Found) -> _Name:
+def _name(found: Found, ctime_ns: int, born_ns: int) -> _Name:
     status = found.status
-    return (-status.st_mtime_ns, found.path, status.st_size, status.st_mode & 0o7777, status.st_ino)
+    mode = status.st_mode & 0o7777
+    return (-status.st_mtime_ns, found.path, status.st_size, mode, status.st_ino, ctime_ns, born_ns)
 
 
 def _read_run(file: IO[bytes]) -> Iterator[_Name]:
     file.seek(0)
     for line in file:
-        newness, path, size, mode, inode = json.loads(line)
-        yield newness, path, size, mode, inode
+        newness, path, size, mode, inode, ctime_ns, born_ns = json.loads(line)
+        yield newness, path, size, mode, inode, ctime_ns, born_ns

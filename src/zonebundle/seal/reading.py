@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from zonebundle.errors import HostError
+from zonebundle.host import syscalls
+from zonebundle.model.identity import FileIdentity
 from zonebundle.model.record import LogFile, Part
 from zonebundle.seal.areas import OpenAreas
 from zonebundle.seal.live import SAMPLE, ChangedError, LiveLog
@@ -33,22 +36,24 @@ class _Source(NamedTuple):
     reason: str = ""
 
 
-def read_whole(log: LogFile, areas: OpenAreas, note: Callable[[str], None]) -> bytes:
-    """All that is kept of a small log, as LogReader would read it in one go."""
+def read_whole(log: LogFile, areas: OpenAreas, note: Callable[[str], None]) -> tuple[bytes, FileIdentity | None]:
+    """All that is kept of a small log, as LogReader would read it in one go, and the identity of what was read."""
     if len(log.parts) == 1 and log.parts[0].origin == "staged":
         # Of ten thousand files a second, nearly each is read here.
         part = log.parts[0]
         with contextlib.suppress(OSError):
             descriptor = areas.open(part)
             try:
+                identity = identify(descriptor, log)
                 raw = os.pread(descriptor, part.length, part.offset)
                 if len(raw) == part.length and not _was_written_to(descriptor, log):
-                    return raw
+                    return raw, _unchanged(descriptor, log, identity)
             finally:
                 os.close(descriptor)
     # Again, with all that can be said about what is wrong.
     with LogReader(log, areas, note) as reader:
-        return reader.read(log.first, log.size - log.first)
+        raw = reader.read(log.first, log.size - log.first)
+    return raw, reader.identity
 
 
 class LogReader:
@@ -64,11 +69,15 @@ class LogReader:
         self._lost: dict[str, int] = {}
         self._live: list[LiveLog] = []
         self._sources: list[_Source] = []
+        # Of what is read: certain when the context has ended.
+        self.identity: FileIdentity | None = None
 
     def __enter__(self) -> Self:
         try:
             for index, part in enumerate(self._log.parts):
                 self._sources.append(self._open(index, part))
+            if _is_one_file(self._log) and self._sources[0].descriptor >= 0:
+                self.identity = identify(self._sources[0].descriptor, self._log)
         except BaseException:
             self._close()
             raise
@@ -80,6 +89,10 @@ class LogReader:
         try:
             if error is None:
                 self._look_for_changes()
+                if self.identity is not None:
+                    self.identity = _unchanged(self._sources[0].descriptor, self._log, self.identity)
+                if self._lost:
+                    self.identity = None
                 for reason, length in self._lost.items():
                     self._note(f"{reason}: {length} bytes are zeros" if length else reason)
         finally:
@@ -175,6 +188,46 @@ class LogReader:
                 self._lose("was written to after the hold; the bytes are as they were found")
 
 
+def identify(descriptor: int, log: LogFile) -> FileIdentity | None:
+    """The identity of a staged log as it is now, None if it is not certain, or not all of the log.
+
+    A reflink, a copy or a file in a snapshot is what was recorded. A link is the log itself, in the state in which our
+    link has left it, or somebody else since.
+    """
+    if log.identity is None or log.first or not _is_one_file(log):
+        return None
+    status = os.fstat(descriptor)
+    if not is_link(status, log):
+        return log.identity
+    if (status.st_size, status.st_mtime_ns) != (log.size, log.mtime_ns):
+        return None
+    born = syscalls.birth_time_ns(descriptor)
+    now = FileIdentity(log.identity.filesystem, log.inode, born, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return now if now.is_settled(time.time_ns()) else None
+
+
+def is_link(status: os.stat_result, log: LogFile) -> bool:
+    """Whether a staged file is the log itself. A copy or clone has one link, and may have any inode number."""
+    return status.st_nlink > 1 and status.st_ino == log.inode
+
+
+def _is_one_file(log: LogFile) -> bool:
+    return len(log.parts) == 1 and log.parts[0].origin == "staged"
+
+
+def _unchanged(descriptor: int, log: LogFile, identity: FileIdentity | None) -> FileIdentity | None:
+    """The identity that was taken before the read, if it is still that."""
+    if identity is None or identity is log.identity:
+        return identity
+    status = os.fstat(descriptor)
+    is_same = (status.st_size, status.st_mtime_ns, status.st_ctime_ns) == (
+        identity.size,
+        identity.mtime_ns,
+        identity.ctime_ns,
+    )
+    return identity if is_same else None
+
+
 def _read_into(source: _Source, at: int, view: memoryview) -> tuple[int, str]:
     """How many bytes were read, and where it is none, why."""
     if source.descriptor < 0:
@@ -198,9 +251,8 @@ def _seek_data(source: _Source, at: int) -> int:
 
 
 def _was_written_to(descriptor: int, log: LogFile) -> bool:
-    # A hard link is the log itself. A copy or clone has one link, and may have any inode number.
     status = os.fstat(descriptor)
-    return status.st_nlink > 1 and status.st_ino == log.inode and status.st_mtime_ns != log.mtime_ns
+    return is_link(status, log) and status.st_mtime_ns != log.mtime_ns
 
 
 def _has_holes(descriptor: int) -> bool:

@@ -5,30 +5,44 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zonebundle.errors import NoSuchBundleError, NotFoundError, SealError, SnapshotError
+from zonebundle.errors import (
+    FormatError,
+    FullError,
+    NoSuchBundleError,
+    NotFoundError,
+    SealError,
+    SnapshotError,
+    StoreError,
+)
 from zonebundle.host import trace
 from zonebundle.host.clock import Clock, SystemClock
 from zonebundle.host.files import sync_directory
+from zonebundle.model.identity import TRUSTED_AGE_NS, FileIdentity
 from zonebundle.model.manifest import Header
-from zonebundle.model.metadata import parse_time
+from zonebundle.model.metadata import Metadata, parse_time
 from zonebundle.model.paths import path_to_json, printable
 from zonebundle.model.quantities import format_size
-from zonebundle.model.record import Output
+from zonebundle.model.record import RECORD_FILE, Area, Output
 from zonebundle.model.report import Gap, Outcome, Step
 from zonebundle.model.zone import ProcessRef
 from zonebundle.seal.areas import OpenAreas
 from zonebundle.seal.compress import Compression
 from zonebundle.seal.entry import Record, SpoolEntry, remove_leftovers
+from zonebundle.seal.known import Known
 from zonebundle.seal.marks import CrashMarks, were_left
 from zonebundle.seal.plan import Plan, PlannedLog, plan
-from zonebundle.seal.release import Destroy, Releaser
+from zonebundle.seal.release import Releaser
 from zonebundle.seal.report import describe, report_json, trace_json
+from zonebundle.seal.storage import Storage
 from zonebundle.seal.workers import Workers
+from zonebundle.snapshots.areas import Unlinked
 from zonebundle.store.bundle import StoredBundle
 from zonebundle.store.draft import BundleDraft
 from zonebundle.store.store import Store
@@ -36,7 +50,12 @@ from zonebundle.store.store import Store
 # The names of entries that are ours: an output of that name would hide them.
 _RESERVED = frozenset({"metadata.toml", "report.json", "trace.json", "manifest.jsonl", "logs"})
 _BLOCK = 1 << 20
+# In seconds: the stamps of a file may be this much coarser than its changes, and a little more.
+_SETTLED = TRUSTED_AGE_NS / 1e9 + 0.005
+# A bundle for which there was no space so often is cut: before, a deletion or a clean-up may be on its way.
+_FULL_TO_CUT = 3
 
+Destroy = Callable[[Area, Unlinked | None], None]
 Progress = Callable[[int, int], None]
 """Is told how many bytes there are in all, and how many are done."""
 
@@ -55,12 +74,12 @@ class Sealed:
 
 
 class Sealer:
-    """Seals the entries of one spool into one store. Its methods block; several threads may seal different bundles."""
+    """Seals the entries of one spool into its stores. Its methods block; several threads may seal different bundles."""
 
     def __init__(
         self,
         spool: Path,
-        store_directory: Path,
+        storage: Storage,
         destroy: Destroy,
         workers: Workers,
         *,
@@ -69,58 +88,120 @@ class Sealer:
     ) -> None:
         """`destroy` removes an area; `agent` is the process whose death ends this one too (see CrashMarks)."""
         self._spool = spool
-        self._store_directory = store_directory
+        self._storage = storage
         self._workers = workers
         self._agent = agent
         self._clock = clock or SystemClock()
-        self._store: Store | None = None
-        self._opening = threading.Lock()
-        self._releaser = Releaser(spool, destroy)
+        self._releaser = Releaser(spool, lambda area: destroy(area, self._renewer(area)))
         self._has_interrupted = False
+        # How often there was no space for a bundle.
+        self._full: Counter[str] = Counter()
 
-    def seal(self, bundle_id: str, progress: Progress, canceled: threading.Event) -> Sealed | None:
+    def seal(
+        self,
+        bundle_id: str,
+        progress: Progress,
+        canceled: threading.Event,
+        committed: Callable[[Sealed], None] = lambda _: None,
+    ) -> Sealed | None:
         """Make the bundle of a spool entry; None if it was deleted. May be repeated after a crash at any point.
 
-        Raises NotFoundError if there is no such entry, FormatError if its record is damaged; StoreError, SealError,
-        OSError if it cannot be done now: then the entry is untouched; SealCanceledError when `canceled` was set.
+        `committed` is told, once or twice, when one store has the bundle; copies are made after that. Raises
+        NotFoundError if there is no such entry, FormatError if its record is damaged; StoreError, SealError, OSError if
+        it cannot be done now: then the entry is untouched; SealCanceledError when `canceled` was set.
         """
         begin = self._clock.monotonic()
         trace.point("seal.started")
         entry = SpoolEntry(self._spool, bundle_id)
         if not entry.is_recorded():
             raise NotFoundError(f"the spool has no record of bundle {bundle_id}: it was sealed or removed")
-        record = entry.read_record()
-        bundle = self._committed(record)
-        if bundle is None and not entry.is_sealed():
-            self._make(entry, record, progress, canceled)
-            bundle = self._committed(record)
-        seconds = self._clock.monotonic() - begin
-        left = self._clean_up(entry)
-        return Sealed(bundle.header, bundle.size, seconds, left) if bundle else None
+        metadata = entry.read_header().metadata
+        with self._storage.stores.working():
+            bundle = self._committed(metadata)
+            if bundle is None and not entry.is_sealed():
+                self._make_somewhere(entry, progress, canceled)
+                bundle = self._committed(metadata)
+            if bundle is None:
+                self._clean_up(entry)
+                return None
+            sealed = Sealed(bundle.header, bundle.size, self._clock.monotonic() - begin)
+            left = ""
+            if len(self._storage.stores.directories) > 1:
+                # A directory may be slow. The entry stays until every one that can be had has the bundle.
+                committed(sealed)
+                left = self._storage.stores.copy(bundle)
+            left = left or self._clean_up(entry)
+            committed(sealed)
+        return replace(sealed, left=left)
 
-    def _make(self, entry: SpoolEntry, record: Record, progress: Progress, canceled: threading.Event) -> None:
+    def _make_somewhere(self, entry: SpoolEntry, progress: Progress, canceled: threading.Event) -> None:
+        """Make the bundle in the first store in which that works. Raises what the last one raised."""
+        stores = self._storage.usable()
+        for number, store in enumerate(stores, start=1):
+            try:
+                self._make(store, entry, progress, canceled)
+                self._full.pop(entry.bundle_id, None)
+                return
+            except StoreError as error:
+                if isinstance(error, FormatError):
+                    # Of the record, which is the same for every store.
+                    raise
+                if number == len(stores):
+                    self._full[entry.bundle_id] += isinstance(error, FullError)
+                    raise
+                self._storage.stores.give_up(store, error)
+
+    def _make(self, store: Store, entry: SpoolEntry, progress: Progress, canceled: threading.Event) -> None:
         """Record → plan → segments → bundle → commit."""
+        record = entry.read_record()
         header = record.header
         created = parse_time(header.metadata.time_created)
         steps = [*record.steps]
         with contextlib.ExitStack() as stack:
-            draft = stack.enter_context(BundleDraft(self.store(), header.metadata, created))
+            draft = stack.enter_context(BundleDraft(store, header.metadata, created))
             areas = stack.enter_context(OpenAreas(record.areas))
             self._note_interruption(entry)
             marks = stack.enter_context(CrashMarks(entry.path, self._agent))
+            self._let_settle(entry)
             with self._step(steps, "plan", created) as step:
                 planned = stack.enter_context(plan(entry, record, areas))
                 step(f"{len(record.trees)} trees walked in snapshots, about {format_size(planned.bytes)}")
             trace.point("seal.planned")
             draft.add_bytes(b"metadata.toml", header.metadata.to_toml())
             self._add_outputs(draft, entry, record)
+            known = Known(self._storage.index, store.segments, entry.bundle_id)
+            work = Compression(
+                areas,
+                self._workers,
+                store.segments,
+                entry.bundle_id,
+                known,
+                marks,
+                record.gaps,
+                canceled,
+                _Counted(planned.bytes, progress),
+                may_cut=self._full[entry.bundle_id] >= _FULL_TO_CUT,
+            )
             with self._step(steps, "logs", created) as step:
-                step(self._add_logs(draft, planned, record, areas, marks, progress, canceled))
+                step(_add_logs(draft, planned, work))
+            if work.is_cut:
+                store.spend_reserve()
             draft.add_bytes(b"report.json", report_json(header, steps, record.gaps))
             draft.add_bytes(b"trace.json", trace_json(header, steps))
             draft.commit(
-                hold_seconds=header.hold_seconds, graceful_seconds=header.graceful_seconds, gaps=record.gaps.count
+                hold_seconds=header.hold_seconds,
+                graceful_seconds=header.graceful_seconds,
+                gaps=record.gaps.count,
+                committed=known.keep,
             )
+            if work.is_cut:
+                store.refill_reserve()
+
+    def _let_settle(self, entry: SpoolEntry) -> None:
+        # A log that was linked a moment ago has stamps that prove nothing yet; what is read of it could not be known.
+        age = self._clock.now() - (entry.path / RECORD_FILE).stat().st_mtime
+        if 0 <= age < _SETTLED:
+            time.sleep(_SETTLED - age)
 
     def _add_outputs(self, draft: BundleDraft, entry: SpoolEntry, record: Record) -> None:
         if not record.outputs:
@@ -135,40 +216,6 @@ class Sealer:
         finally:
             os.close(descriptor)
 
-    def _add_logs(
-        self,
-        draft: BundleDraft,
-        planned: Plan,
-        record: Record,
-        areas: OpenAreas,
-        marks: CrashMarks,
-        progress: Progress,
-        canceled: threading.Event,
-    ) -> str:
-        files = done = 0
-
-        def advance(length: int) -> None:
-            nonlocal done
-            done += length
-            # The total is only about right: holes are not read, and what the limits cut is known at the end.
-            progress(max(planned.bytes, done), done)
-
-        progress(planned.bytes, 0)
-        owner = record.header.metadata.bundle_id
-        work = Compression(areas, self._workers, self.store().segments, owner, marks, record.gaps, canceled, advance)
-        with work.run(planned.logs) as logs:
-            for log, pieces in logs:
-                draft.add_log(
-                    log.path,
-                    log.length,
-                    mode=log.log.mode & 0o7777,
-                    mtime_ns=log.log.mtime_ns,
-                    pieces=pieces,
-                    origin=_origin(log),
-                )
-                files += 1
-        return f"{files} files, {format_size(done)}"
-
     @contextlib.contextmanager
     def _step(self, steps: list[Step], name: str, created: float) -> Iterator[Callable[[str], None]]:
         """Note a step of the seal; the body tells its detail. Its failure is the seal's, so it is not noted here."""
@@ -181,7 +228,7 @@ class Sealer:
         steps.append(Step(name, Outcome.SUCCESS, start, seconds, "; ".join(details), lane="seal"))
 
     def delete(self, zone: str, bundle_id: str) -> int:
-        """Delete a bundle that is in the store, in the spool, or both; returns the bytes freed in the store.
+        """Delete a bundle that is in a store, in the spool, or both; returns the bytes freed in the stores.
 
         Its seal must have been ended before. Raises NoSuchBundleError if it is in neither, StoreError, OSError.
         """
@@ -194,11 +241,13 @@ class Sealer:
         else:
             sync_directory(self._spool)
         freed = 0
-        try:
-            freed = self.store().delete(zone, bundle_id)
-        except NoSuchBundleError:
-            if not was_spooled:
-                raise
+        self._storage.usable()
+        with self._storage.stores.working():
+            try:
+                freed = self._storage.stores.delete(zone, bundle_id)
+            except NoSuchBundleError:
+                if not was_spooled:
+                    raise
         if entry.is_recorded():
             self._clean_up(entry)
         return freed
@@ -211,17 +260,42 @@ class Sealer:
             return describe(error)
         return ""
 
-    def _committed(self, record: Record) -> StoredBundle | None:
-        metadata = record.header.metadata
+    def _renewer(self, area: Area) -> Unlinked | None:
+        """What the index is to be told of logs that lose our link: their ctime has changed, by us alone."""
+        index = self._storage.index
+        if index is None or area.kind != "staged":
+            return None
         try:
-            return self.store().find(metadata.zone, metadata.bundle_id)
+            filesystem = os.statvfs(area.path).f_fsid
+        except OSError:
+            # It is gone already, or cannot be reached: destroying it will tell.
+            return None
+
+        def unlinked(before: os.stat_result, after: os.stat_result) -> None:
+            known = index.find_file(filesystem, before.st_ino)
+            if known is not None and _is_in_state(known.identity, before) and _is_same_content(before, after):
+                index.renew([(known.identity, after.st_ctime_ns)])
+
+        return unlinked
+
+    def _committed(self, metadata: Metadata) -> StoredBundle | None:
+        try:
+            self._storage.usable()
+            return self._storage.stores.find(metadata.zone, metadata.bundle_id)
         except NoSuchBundleError:
             return None
 
-    def settle_kept(self) -> None:
-        """End the entries that were kept for followers which have gone since. Raises SnapshotError, OSError."""
+    def settle(self) -> None:
+        """End what had to wait for others: entries kept for followers, segments that a hold may have needed.
+
+        Raises SnapshotError, StoreError, OSError.
+        """
         if self._releaser.kept:
             self._releaser.settle_kept()
+        with self._storage.stores.working():
+            for store in self._storage.stores.all():
+                if store.pruner.is_waiting:
+                    store.pruner.finish()
 
     def _note_interruption(self, entry: SpoolEntry) -> None:
         # Its segments have no lease any more, and may not be those of the next attempt.
@@ -230,26 +304,62 @@ class Sealer:
     def sweep(self) -> None:
         """Remove the segments that an interrupted seal left and no bundle uses. Only with nothing left to seal."""
         if self._has_interrupted:
-            self.store().sweep()
+            with self._storage.stores.working():
+                for store in self._storage.usable():
+                    store.sweep()
             self._has_interrupted = False
 
-    def store(self) -> Store:
-        """The store, opened when it is first needed: one that cannot be opened now is tried again by each seal."""
-        with self._opening:
-            if self._store is None:
-                self._store = Store.open(self._store_directory)
-            return self._store
-
     def recover(self) -> None:
-        """Finish removals that an earlier sealer had begun, in spool and store. Raises StoreError, OSError."""
+        """Finish removals that an earlier sealer had begun, in spool and stores. Raises StoreError, OSError."""
         remove_leftovers(self._spool)
-        self.store()
+        self._storage.usable()
 
     def close(self) -> None:
-        """Give the store back. Nothing may be on its way."""
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+        """Give the stores back. Nothing may be on its way."""
+        self._storage.close()
+
+
+class _Counted:
+    """Adds up what is done of `total` bytes, which is only about right: holes are not read, limits cut."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self._total = total
+        self._progress = progress
+        self.done = 0
+        progress(total, 0)
+
+    def __call__(self, length: int) -> None:
+        self.done += length
+        self._progress(max(self._total, self.done), self.done)
+
+
+def _add_logs(draft: BundleDraft, planned: Plan, work: Compression) -> str:
+    files = done = 0
+    with work.run(planned.logs) as logs:
+        for log, pieces in logs:
+            draft.add_log(
+                log.path,
+                log.length,
+                mode=log.log.mode & 0o7777,
+                mtime_ns=log.log.mtime_ns,
+                pieces=pieces,
+                origin=_origin(log),
+            )
+            files += 1
+            done += log.length
+    return f"{files} files, {format_size(done)}"
+
+
+def _is_in_state(identity: FileIdentity, status: os.stat_result) -> bool:
+    return (identity.size, identity.mtime_ns, identity.ctime_ns) == (
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
+
+
+def _is_same_content(before: os.stat_result, after: os.stat_result) -> bool:
+    return (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
 
 
 def _is_own_name(name: str) -> bool:

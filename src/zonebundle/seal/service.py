@@ -4,6 +4,7 @@ Messages are JSON, one a line. From the agent:
 
     {"seal": bundle ID}                                     seal this spool entry; told again, nothing changes
     {"delete": {"request": n, "zone": …, "id": …}}          delete a bundle, wherever it is on its way
+    {"ask": {"request": n, "do": …, arguments}}             call a method of the upkeep (see ASKED)
 
 To the agent; seconds and bytes:
 
@@ -13,6 +14,7 @@ To the agent; seconds and bytes:
     {"failed": {"id": …, "reason": …, "retry_in": …}}                   null: not tried again before the next start
     {"gone": {"id": …}}                                                 the entry was of a deleted bundle
     {"deleted": {"request": n, "freed": …}}  or  {"deleted": {"request": n, "error": …, "code": …}}
+    {"answer": {"request": n, "result": …}}  or  {"answer": {"request": n, "error": …, "code": …}}
 
 The durable spool entries are the queue: the agent sends what is in the spool after `ready`. When the socket closes, the
 process ends at once: it has no state that it would lose.
@@ -25,16 +27,25 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import structlog
 
-from zonebundle.errors import FormatError, NotFoundError, SealCanceledError, SnapshotError, UsageError, ZoneBundleError
+from zonebundle.errors import (
+    FormatError,
+    NotFoundError,
+    SealCanceledError,
+    SnapshotError,
+    StoreError,
+    UsageError,
+    ZoneBundleError,
+)
 from zonebundle.seal.report import describe
 from zonebundle.seal.sealer import Progress, Sealed, Sealer
+from zonebundle.seal.upkeep import Upkeep
 
 T = TypeVar("T")
 _log = structlog.get_logger()
@@ -47,23 +58,36 @@ _UNREAD = 64 << 10
 _FIRST_RETRY = 1.0
 _LAST_RETRY = 60.0
 _SETTLE_PAUSE = 5.0
+_BLOCK = 64 << 10
+
+ASKED = frozenset({"utilization", "clean_up", "uses", "drain", "undrain", "repair", "prune"})
+"""The methods of Upkeep that the agent may ask for. Each may be repeated, and runs beside everything else."""
+# A clean-up or a repair may take long, or hang with a disk: what a drain asks meanwhile is answered all the same.
+_ASKS_AT_ONCE = 8
 
 
 @dataclass(slots=True)
 class _Job:
-    """A bundle to be sealed. `is_working`: its thread runs, and ends by itself when `canceled` is set."""
+    """A bundle to be sealed. `is_working`: its thread runs, and ends by itself when `canceled` is set.
+
+    `is_told`: the agent knows that it is in the store.
+    """
 
     bundle_id: str
     canceled: threading.Event = field(default_factory=threading.Event)
     is_working: bool = False
+    is_told: bool = False
     task: asyncio.Task[None] | None = None
 
 
 class Service:
     """Serves one agent until its end of the socket closes."""
 
-    def __init__(self, sealer: Sealer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, sealer: Sealer, upkeep: Upkeep, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self._sealer = sealer
+        self._upkeep = upkeep
         self._reader = reader
         self._writer = writer
         self._loop = asyncio.get_running_loop()
@@ -72,17 +96,24 @@ class Service:
         self._removals = ThreadPoolExecutor(2, thread_name_prefix="remove")
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._jobs: dict[str, _Job] = {}
+        self._asks = ThreadPoolExecutor(_ASKS_AT_ONCE, thread_name_prefix="ask")
+        self._is_catching_up = False
         self._deleting: set[str] = set()
-        self._deletions: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Recover, say that we are ready, and serve. Returns when the agent has closed its end, or died."""
         await self._recover()
         self._send({"ready": True})
         settling = self._loop.create_task(self._settle())
+        unread = bytearray()
         with contextlib.suppress(ConnectionError):
-            while line := await self._reader.readline():
-                self._take(json.loads(line))
+            # Not readline, which has a limit: a clean-up may be told thousands of bundles that it must not touch.
+            while block := await self._reader.read(_BLOCK):
+                unread += block
+                *lines, unread = unread.split(b"\n") if b"\n" in block else [unread]
+                for line in lines:
+                    self._take(json.loads(line))
         settling.cancel()
 
     async def _recover(self) -> None:
@@ -99,27 +130,30 @@ class Service:
                     job = self._jobs[bundle_id] = _Job(bundle_id)
                     job.task = self._loop.create_task(self._seal(job))
             case {"delete": {"request": request, "zone": str(zone), "id": str(bundle_id)}}:
-                deletion = self._loop.create_task(self._delete(request, zone, bundle_id))
-                self._deletions.add(deletion)
-                deletion.add_done_callback(self._deletions.discard)
+                self._begin(self._delete(request, zone, bundle_id))
+            case {"ask": {"request": request, "do": str(do), **arguments}}:
+                self._begin(self._answer(request, do, arguments))
             case _:
                 _log.error("not a message of this version's agent", message=message)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         return await self._loop.run_in_executor(threads, work)
 
     async def _seal(self, job: _Job) -> None:
         """Seal until it is done and nothing is left; what fails is tried again, later and later."""
-        told = False
         pause = _FIRST_RETRY
         try:
             while True:
                 retry: float | None = pause
                 try:
                     sealed = await self._attempt(job)
-                    if not told:
-                        self._tell_sealed(job, sealed)
-                        told = True
+                    if sealed is None:
+                        self._send({"gone": {"id": job.bundle_id}})
                     if sealed is None or not sealed.left:
                         return
                     _log.warning("sealed, but not cleaned up", bundle=job.bundle_id, reason=sealed.left)
@@ -130,7 +164,7 @@ class Service:
                         retry = None
                     elif not isinstance(error, ZoneBundleError | OSError):
                         _log.exception("seal failed unexpectedly", bundle=job.bundle_id)
-                    if not told:
+                    if not job.is_told:
                         reason = describe(error)
                         self._send({"failed": {"id": job.bundle_id, "reason": reason, "retry_in": retry}})
                 if retry is None or job.canceled.is_set():
@@ -143,20 +177,30 @@ class Service:
             self._sweep_if_idle()
 
     async def _attempt(self, job: _Job) -> Sealed | None:
+        def committed(sealed: Sealed) -> None:
+            self._loop.call_soon_threadsafe(self._tell_sealed, job, sealed)
+
         async with self._slots:
             progress = self._progress(job.bundle_id)
             job.is_working = True
             try:
                 return await self._in_thread(
-                    self._threads, lambda: self._sealer.seal(job.bundle_id, progress, job.canceled)
+                    self._threads,
+                    lambda: self._sealer.seal(
+                        job.bundle_id,
+                        progress,
+                        job.canceled,
+                        committed,
+                    ),
                 )
             finally:
                 job.is_working = False
 
-    def _tell_sealed(self, job: _Job, sealed: Sealed | None) -> None:
-        if sealed is None:
-            self._send({"gone": {"id": job.bundle_id}})
+    def _tell_sealed(self, job: _Job, sealed: Sealed) -> None:
+        """Once: cleaning up may have to be tried again."""
+        if job.is_told:
             return
+        job.is_told = True
         told = {
             "id": job.bundle_id,
             "header": sealed.header.to_json(),
@@ -194,13 +238,19 @@ class Service:
             freed = await self._in_thread(self._removals, lambda: self._sealer.delete(zone, bundle_id))
             self._send({"deleted": {"request": request, "freed": freed}})
         except Exception as error:
-            if not isinstance(error, ZoneBundleError | OSError):
-                _log.exception("deletion failed unexpectedly", bundle=bundle_id)
-            code = error.code if isinstance(error, ZoneBundleError) else "Internal"
-            self._send({"deleted": {"request": request, "error": describe(error), "code": code}})
+            self._send({"deleted": {"request": request, **_told_error(error, "deletion")}})
         finally:
             self._deleting.discard(bundle_id)
             self._sweep_if_idle()
+
+    async def _answer(self, request: int, do: str, arguments: dict[Any, Any]) -> None:
+        try:
+            if do not in ASKED:
+                raise UsageError(f"'{do}' is nothing that a sealer of this version does")
+            result = await self._in_thread(self._asks, lambda: getattr(self._upkeep, do)(**arguments))
+            self._send({"answer": {"request": request, "result": result}})
+        except Exception as error:
+            self._send({"answer": {"request": request, **_told_error(error, do)}})
 
     async def _end_job(self, bundle_id: str) -> None:
         job = self._jobs.get(bundle_id)
@@ -212,13 +262,25 @@ class Service:
         await asyncio.wait([job.task])
 
     async def _settle(self) -> None:
-        """Look now and then whether followers have gone by themselves."""
+        """Look now and then whether what had to wait for others can be ended, and whether a store has come back."""
         while True:
+            # A whole store may have to be copied: nothing else waits for it.
+            if not self._is_catching_up:
+                self._begin(self._catch_up())
             await asyncio.sleep(_SETTLE_PAUSE)
             try:
-                await self._in_thread(self._removals, self._sealer.settle_kept)
-            except (SnapshotError, OSError) as error:
-                _log.warning("a shared snapshot could not be removed", reason=describe(error))
+                await self._in_thread(self._removals, self._sealer.settle)
+            except (SnapshotError, StoreError, OSError) as error:
+                _log.warning("what was done with could not be removed", reason=describe(error))
+
+    async def _catch_up(self) -> None:
+        self._is_catching_up = True
+        try:
+            await self._in_thread(self._asks, self._upkeep.catch_up)
+        except (ZoneBundleError, OSError) as error:
+            _log.warning("store directories could not be brought up to date", reason=describe(error))
+        finally:
+            self._is_catching_up = False
 
     def _sweep_if_idle(self) -> None:
         if not self._jobs:
@@ -229,3 +291,11 @@ class Service:
             self._sealer.sweep()
         except (ZoneBundleError, OSError) as error:
             _log.warning("segments of interrupted seals are left in the store", reason=describe(error))
+
+
+def _told_error(error: Exception, what: str) -> dict[str, str]:
+    """An error for a message. One that was not foreseen is logged where it happened: the agent sees its text alone."""
+    if not isinstance(error, ZoneBundleError | OSError):
+        _log.error(f"{what} failed unexpectedly", exc_info=error)
+    code = error.code if isinstance(error, ZoneBundleError) else ZoneBundleError.code
+    return {"error": describe(error), "code": code}

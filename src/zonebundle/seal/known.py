@@ -1,0 +1,90 @@
+"""What one bundle need not make again: files and contents that the index knows, and whose segments are there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zonebundle.errors import DamagedError
+from zonebundle.model.identity import FileIdentity
+from zonebundle.model.manifest import Piece
+from zonebundle.store.index import Index
+from zonebundle.store.objects import SegmentStore
+
+# So many pieces are told to the index at a time: a bundle may have millions.
+_BATCH = 8192
+
+
+class Known:
+    """Pieces for the bundle `owner`. `file` and `note` belong to one thread, `content` may be called from any.
+
+    Whatever is given has its segments leased to the owner: it is there, and stays.
+    """
+
+    def __init__(self, index: Index | None, segments: SegmentStore, owner: str) -> None:
+        self._index = index
+        self._segments = segments
+        self._owner = owner
+        self._noted: list[tuple[FileIdentity, tuple[Piece, ...]]] = []
+        self._noted_pieces = 0
+
+    def file(self, identity: FileIdentity | None) -> tuple[FileIdentity, list[Piece]] | None:
+        """A file in exactly this state, as the index has it, and its pieces; None if it has to be read.
+
+        An identity without a time of birth is taken by the rest of it: it is that of a file which we have linked.
+        """
+        if identity is None or self._index is None:
+            return None
+        known = self._index.find_file(identity.filesystem, identity.inode)
+        if known is None or _without_birth(known.identity) != _without_birth(identity):
+            return None
+        if identity.born_ns not in (0, known.identity.born_ns) or not self._lease(known.pieces):
+            return None
+        return known.identity, list(known.pieces)
+
+    def content(self, digest: str, length: int) -> Piece | None:
+        """The piece that holds raw bytes with this BLAKE3 (hex)."""
+        if self._index is None:
+            return None
+        piece = self._index.find_piece(digest, length)
+        return piece if piece is not None and self._lease((piece,)) else None
+
+    def _lease(self, pieces: Sequence[Piece]) -> bool:
+        digests = {piece.segment for piece in pieces}
+        try:
+            self._segments.lease(self._owner, [one for one in digests if not self._segments.holds(self._owner, one)])
+        except DamagedError:
+            # Another store dir may have it; here it is made again.
+            return False
+        return True
+
+    def note(self, identity: FileIdentity | None, pieces: Sequence[Piece]) -> None:
+        """Remember what became of a file. None: its state is not certain, but its contents are."""
+        if self._index is None or not pieces:
+            return
+        self._noted.append((identity or _NOBODY, tuple(pieces)))
+        self._noted_pieces += len(pieces)
+        if self._noted_pieces >= _BATCH:
+            # The index leads to what is durable, and to nothing else.
+            self._segments.flush()
+            self.keep()
+
+    def keep(self) -> None:
+        """Tell the index of what was noted, which is durable, and still leased."""
+        if self._index is not None and self._noted:
+            files = [noted for noted in self._noted if noted[0] is not _NOBODY]
+            others = (piece for identity, pieces in self._noted if identity is _NOBODY for piece in pieces)
+            self._index.add(files, (piece for piece in others if piece.times == 1))
+        self._noted.clear()
+        self._noted_pieces = 0
+
+    def renew(self, known: FileIdentity, ctime_ns: int) -> None:
+        """Our link has changed the ctime of a file that is as it was in all else."""
+        if self._index is not None and known.ctime_ns != ctime_ns:
+            self._index.renew([(known, ctime_ns)])
+
+
+_NOBODY = FileIdentity(0, 0, 0, 0, 0, 0)
+
+
+def _without_birth(identity: FileIdentity) -> tuple[int, ...]:
+    return (identity.filesystem, identity.inode, identity.size, identity.mtime_ns, identity.ctime_ns)

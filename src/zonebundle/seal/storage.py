@@ -1,0 +1,71 @@
+"""Where bundles go: the store directories, and the index of what they hold."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from zonebundle.errors import StoreError
+from zonebundle.model.manifest import Piece
+from zonebundle.seal.guard import SpoolGuard
+from zonebundle.store.index import Index
+from zonebundle.store.store import Store, prepare
+from zonebundle.store.stores import Stores
+
+INDEX = "index.sqlite"
+SPOOL = "spool"
+
+
+class Storage:
+    """The stores and the index of one state directory. Methods may be called from any thread."""
+
+    def __init__(self, state_dir: Path, directories: Sequence[Path]) -> None:
+        self.stores = Stores(directories, state_dir, SpoolGuard(state_dir / SPOOL, lambda: self.index))
+        self._path = state_dir / INDEX
+        self._opening = threading.Lock()
+        self.index: Index | None = None
+
+    def usable(self) -> list[Store]:
+        """The stores that can be had, opened when they are first needed. Raises StoreError if there is none."""
+        with self._opening:
+            if self.index is None:
+                # Before the first store: its recovery removes segments, which the index must forget.
+                self._open_index()
+        return self.stores.usable()
+
+    def _open_index(self) -> None:
+        known = []
+        failure: StoreError | None = None
+        for directory in self.stores.directories:
+            try:
+                known.append(prepare(directory))
+            except StoreError as error:
+                failure = failure or error
+        if failure is not None and not known:
+            # Without any store nobody can tell whether the index is of this one.
+            raise failure
+        self.index = Index.open(self._path, known)
+
+    def refresh(self) -> None:
+        """If the index was made anew, tell it what the bundles hold, and remove what only the old one knew of."""
+        index = self.index
+        if index is None or not index.is_fresh:
+            return
+        index.rebuild(self._pieces())
+
+    def _pieces(self) -> Iterator[Piece]:
+        seen: set[str] = set()
+        for store in self.stores.all():
+            for bundle in store.stored():
+                if (bundle_id := bundle.header.metadata.bundle_id) not in seen:
+                    seen.add(bundle_id)
+                    for entry in bundle.entries():
+                        yield from (piece for piece in entry.pieces if piece.times == 1)
+
+    def close(self) -> None:
+        """Give everything back. Nothing may be on its way."""
+        self.stores.close()
+        if self.index is not None:
+            self.index.close()
+            self.index = None

@@ -1,0 +1,240 @@
+"""What the sealer does for its stores besides sealing: clean-up, copies, barriers. All of it may be asked for again."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from array import array
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from zonebundle.errors import StoreError
+from zonebundle.model.ids import decode_zone_name
+from zonebundle.model.metadata import Cause, parse_time
+from zonebundle.model.record import LIVE, RECORD_FILE
+from zonebundle.model.retention import Candidate, plan_removals
+from zonebundle.seal.entry import SpoolEntry
+from zonebundle.seal.storage import Storage
+from zonebundle.store.bundle import MANIFEST, load_bundle, segments_in
+from zonebundle.store.failure import store_errors
+from zonebundle.store.reader import is_bundle_id
+from zonebundle.store.store import Store
+from zonebundle.store.usage import usage
+
+_log = structlog.get_logger()
+
+# Sealing ahead begins again when so much of the limit is free: or it would fill what the next clean-up has to empty.
+_ROOM_FOR_AHEAD = 0.9
+
+
+class Upkeep:
+    """Keeps the stores of one spool in order. Methods block, and may be called from any thread."""
+
+    def __init__(self, spool: Path, storage: Storage, quota: int | None = None) -> None:
+        """`quota`: bytes that a store directory may use, instead of what applies to it on disk."""
+        self._spool = spool
+        self._storage = storage
+        self._quota = quota
+        self._cleaning = threading.Lock()
+        self._catching_up = threading.Lock()
+        self._up_to_date: frozenset[Path] = frozenset()
+        self.has_room_for_ahead = True
+
+    def utilization(self) -> dict[str, dict[str, int]]:
+        """Omicron's three numbers of every directory that can be had. Raises StoreError if there is none."""
+        stores = self._storage.usable()
+        with self._storage.stores.working():
+            return {str(store.directory): usage(store.directory, self._quota).to_json() for store in stores}
+
+    def clean_up(self, storage_limit: int, priority: Sequence[str], pinned: Collection[str]) -> dict[str, Any]:
+        """Remove what is of lowest priority until no directory uses more than `storage_limit` percent of its quota.
+
+        `pinned` bundles (IDs), and those that are still in the spool, stay. A bundle is removed from every directory.
+        Returns {"dirs": {directory: {"bundles": n, "bytes": n}}, "removed": [[zone, bundle ID]]}. Raises StoreError.
+        """
+        dirs: dict[str, dict[str, int]] = {}
+        removed: list[tuple[str, str]] = []
+        stores = self._storage.usable()
+        with self._cleaning, self._storage.stores.working():
+            for store in stores:
+                gone, freed = self._clean_up(store, storage_limit, priority, {*pinned, *self._spooled()})
+                removed += gone
+                dirs[str(store.directory)] = {"bundles": len(gone), "bytes": freed}
+        return {"dirs": dirs, "removed": [list(bundle) for bundle in removed]}
+
+    def _clean_up(
+        self, store: Store, percent: int, priority: Sequence[str], pinned: Collection[str]
+    ) -> tuple[list[tuple[str, str]], int]:
+        before = usage(store.directory, self._quota)
+        limit = before.dataset_quota * percent // 100
+        if before.bytes_used <= limit:
+            self.has_room_for_ahead = before.bytes_used <= limit * _ROOM_FOR_AHEAD
+            return [], 0
+        self.has_room_for_ahead = False
+        store.sweep()
+        stock = _Stock(store)
+        used = usage(store.directory, self._quota).bytes_used
+        index = self._storage.index
+        claimed = index.claimed_segments() if index is not None else ()
+        plan = plan_removals(
+            stock.candidates, stock.sizes(), stock.unused(claimed), used, limit, tuple(priority), pinned
+        )
+        for removal in plan.removals:
+            _log.info("the clean-up removes a bundle", zone=removal.zone, bundle=removal.bundle_id, why=removal.reason)
+        doomed = [(removal.zone, removal.bundle_id) for removal in plan.removals]
+        free = stock.digests_of(plan.segments) | stock.freed_by({bundle_id for _, bundle_id in doomed})
+        if index is not None:
+            index.release_claims(free)
+        self._storage.stores.delete_all(doomed)
+        store.remove_unreferenced(stock.digests_of(plan.segments))
+        freed = before.bytes_used - usage(store.directory, self._quota).bytes_used
+        return doomed, max(0, freed)
+
+    def _spooled(self) -> set[str]:
+        return {name for name in os.listdir(self._spool) if is_bundle_id(name)}
+
+    def prune(self) -> int:
+        """Remove every segment that nobody uses; returns the bytes freed. Raises StoreError."""
+        stores = self._storage.usable()
+        with self._storage.stores.working():
+            return sum(store.sweep() for store in stores)
+
+    def repair(self) -> dict[str, Any]:
+        """Bring every directory that can be had up to date: what one lacks is copied, what was deleted is deleted."""
+        with self._catching_up, self._storage.stores.working():
+            self._storage.usable()
+            copied, deleted, problems = self._storage.stores.catch_up()
+        return {"copied": copied, "deleted": deleted, "problems": problems}
+
+    def catch_up(self) -> None:
+        """What has to be done once: build a new index; bring directories that have come, or come back, up to date."""
+        there = frozenset(store.directory for store in self._storage.usable())
+        if there <= self._up_to_date or not self._catching_up.acquire(blocking=False):
+            self._up_to_date &= there
+            return
+        try:
+            with self._storage.stores.working():
+                self._storage.refresh()
+                copied, deleted, problems = self._storage.stores.catch_up()
+        finally:
+            self._catching_up.release()
+        if copied or deleted or problems:
+            _log.info("store directories were brought up to date", copied=copied, deleted=deleted, problems=problems)
+        self._up_to_date = there
+
+    def drain(self, path: str) -> None:
+        """Begin nothing any more that would use a store directory at or below `path`."""
+        self._storage.stores.drain(path)
+
+    def undrain(self, path: str) -> None:
+        """Use it again."""
+        self._storage.stores.undrain(path)
+
+    def uses(self, path: str) -> list[str]:
+        """What of ours uses `path` now, a line each: bundles whose logs are still to be read there, and stores."""
+        found = [f"a store directory below {path}"] if self._storage.stores.is_in_use(path) else []
+        for name in sorted(self._spooled()):
+            entry = SpoolEntry(self._spool, name)
+            if entry.is_recorded():
+                places = [place for place in _places(entry.path / RECORD_FILE) if Path(place).is_relative_to(path)]
+                if places:
+                    found.append(f"bundle {name}, which is not sealed yet, reads from {places[0]}")
+        return found
+
+
+class _Stock:
+    """The bundles and segments of one store in numbers, for the plan of a clean-up."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._numbers: dict[str, int] = {}
+        self.candidates: list[Candidate] = []
+        for directory in store.directories():
+            if (candidate := self._candidate(directory)) is not None:
+                self.candidates.append(candidate)
+
+    def _candidate(self, directory: Path) -> Candidate | None:
+        try:
+            segments = array("L", sorted({self._number(digest) for digest in segments_in(directory / MANIFEST)}))
+            own = sum(entry.stat().st_blocks * 512 for entry in os.scandir(directory))
+            created = os.stat(directory).st_mtime
+        except FileNotFoundError:
+            # A draft, or deleted meanwhile.
+            return None
+        zone, cause = decode_zone_name(directory.parent.name), Cause.OTHER
+        try:
+            bundle = load_bundle(directory, self._store.segments)
+        except StoreError:
+            # Debris counts, and goes first.
+            return Candidate(directory.name, zone, cause, created, own, segments)
+        if bundle is None:
+            return None
+        metadata = bundle.header.metadata
+        try:
+            created = parse_time(metadata.time_created)
+        except ValueError:
+            _log.warning("a bundle has no time that can be read", directory=str(directory))
+        return Candidate(metadata.bundle_id, metadata.zone, metadata.cause, created, own, segments)
+
+    def _number(self, digest: str) -> int:
+        return self._numbers.setdefault(digest, len(self._numbers))
+
+    def unused(self, claimed: Iterator[str] | Collection[str]) -> list[int]:
+        """The numbers of those segments that no bundle uses."""
+        first = len(self._numbers)
+        numbers = {self._number(digest) for digest in claimed}
+        return sorted(number for number in numbers if number >= first)
+
+    def sizes(self) -> dict[int, int]:
+        """The bytes on disk of each segment."""
+        sizes = {}
+        for digest, number in self._numbers.items():
+            try:
+                sizes[number] = os.stat(self._store.segments.path(digest)).st_blocks * 512
+            except FileNotFoundError:
+                sizes[number] = 0
+        return sizes
+
+    def digests_of(self, numbers: Collection[int]) -> set[str]:
+        wanted = set(numbers)
+        return {digest for digest, number in self._numbers.items() if number in wanted}
+
+    def freed_by(self, bundle_ids: Collection[str]) -> set[str]:
+        """The segments that only these bundles use."""
+        gone: set[int] = set()
+        kept: set[int] = set()
+        for candidate in self.candidates:
+            (gone if candidate.bundle_id in bundle_ids else kept).update(candidate.segments)
+        return self.digests_of(gone - kept)
+
+
+def _places(record: Path) -> Iterator[str]:
+    """The directories that a seal will read: areas, and logs that were left at their place."""
+    with store_errors(f"reading {record}"):
+        try:
+            file = record.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            for line in file:
+                if line.startswith((b'{"area":', b'{"tree":')) or b',"live",' in line:
+                    yield from _places_in(line)
+
+
+def _places_in(line: bytes) -> Iterator[str]:
+    try:
+        data = json.loads(line)
+    except ValueError:
+        # Told where the record is sealed.
+        return
+    match data:
+        case {"area": {"path": str(path)}}:
+            yield path
+        case {"tree": {"area": area, "host_root": str(path)}} if area == LIVE:
+            yield path
+        case {"file": {"host_root": str(path)}}:
+            yield path
