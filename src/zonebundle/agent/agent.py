@@ -14,7 +14,9 @@ import structlog
 
 from zonebundle.agent.bundles import Bundles
 from zonebundle.agent.catalogue import BundleEntry, BundleState, Catalogue
+from zonebundle.agent.cleanup import Cleanup
 from zonebundle.agent.config import Config
+from zonebundle.agent.drain import Drains
 from zonebundle.agent.recovery import Recovery, discard
 from zonebundle.agent.state import StateDir
 from zonebundle.agent.wiring import hold_settings, make_runtimes
@@ -26,6 +28,7 @@ from zonebundle.errors import NoSuchZoneError, RuntimeUnavailableError, Unavaila
 from zonebundle.host.files import make_private_directory
 from zonebundle.model.record import Intent
 from zonebundle.model.report import Gap
+from zonebundle.model.retention import CleanupContext
 from zonebundle.model.zone import LogTree, Zone
 from zonebundle.runtimes.base import Runtime
 from zonebundle.seal.link import SealerLink
@@ -66,19 +69,32 @@ class Agent:
             self._capturer = Capturer(self._workers, self._spool, self._state)
             self._link = SealerLink(
                 state_dir=self._config.agent.state_dir,
-                store_dir=self._config.store.dirs[0],
+                store_dirs=self._config.store.dirs,
+                quota=self._config.store.quota,
                 installation=self.installation,
                 workers=self._config.seal.workers,
                 on_event=self._on_sealer_event,
             )
             self.bundles = Bundles(self._catalogue, store, self._spool, self._link, self._threads)
+            first = self._config.cleanup
+            context = CleanupContext(first.period, first.storage_limit, first.priority)
+            self.cleanup = Cleanup(self._state.path, context, self._link, self.bundles, self._threads)
+            self.drains = Drains(
+                self._link,
+                self.bundles.downloads,
+                spool=str(self._spool.path),
+                staging=lambda: [*self._state.staging, *self._config.staging.values()],
+            )
             await self._workers.start()
             await self.bundles.load()
             recovery = Recovery(self._spool, self._state, self.installation, self._threads)
             interrupted = await recovery.run(self._catalogue)
+            for intent in (*interrupted, *recovery.unremoved):
+                self.drains.begin_capture(intent)
             await self._link.start()
             for bundle_id in recovery.recorded:
                 self._link.seal(bundle_id)
+            await self.cleanup.start()
             await self._warm_up()
             self._resuming = [asyncio.create_task(self._resume(intent)) for intent in interrupted]
             self._resuming += [asyncio.create_task(self._finish_removal(intent)) for intent in recovery.unremoved]
@@ -94,6 +110,9 @@ class Agent:
         await asyncio.gather(*(runner.settle() for runner in self._runners.values()))
         for task in getattr(self, "_resuming", []):
             task.cancel()
+        if hasattr(self, "drains"):
+            await self.cleanup.close()
+            await self.drains.close()
         if hasattr(self, "_link"):
             await self._link.close()
         await self._workers.close()
@@ -187,6 +206,10 @@ class Agent:
         )
         return replace(zone, logs=zone.logs + archives)
 
+    async def admit(self, intent: Intent) -> None:
+        """Let a capture begin; raises UnavailableError where its zone's logs are drained."""
+        await self.drains.admit(intent)
+
     async def hold(
         self,
         intent: Intent,
@@ -200,12 +223,14 @@ class Agent:
         """Capture, and list the bundle from its first moment on."""
         bundle_id = intent.metadata.bundle_id
         self._catalogue.put(BundleEntry(intent.metadata, BundleState.CAPTURING))
+        self.drains.begin_capture(intent)
         try:
             captured = await self._capturer.capture(
                 intent, self._settings, probe=probe, living=living, halt=halt, gaps=gaps, remove=remove
             )
         except BaseException:
             self._catalogue.drop(bundle_id)
+            self.drains.end_capture(bundle_id)
             raise
         if captured.recorded:
             self._catalogue.update(
@@ -217,12 +242,14 @@ class Agent:
             )
         else:
             self._catalogue.drop(bundle_id)
+            self.drains.end_capture(bundle_id)
         return captured
 
     def seal(self, bundle_id: str, captured: Captured) -> None:
         """Hand a released zone's evidence to the sealer, without waiting for it."""
         if captured.recorded:
             self._link.seal(bundle_id)
+            self.drains.end_capture(bundle_id)
 
     async def forget(self, intent: Intent) -> None:
         """Leave nothing of a hold that failed and was answered so."""
@@ -254,6 +281,7 @@ class Agent:
             if known is None or known.state is BundleState.CAPTURING:
                 self._catalogue.put(BundleEntry(intent.metadata, BundleState.CAPTURING))
                 self._on_sealer_event({"failed": {"id": intent.metadata.bundle_id, "reason": reason}})
+            self.drains.end_capture(intent.metadata.bundle_id)
 
     async def _finish_removal(self, intent: Intent) -> None:
         """The evidence was recorded when the agent died: the zone goes, if it is still there, then the seal begins."""
@@ -264,6 +292,7 @@ class Agent:
         except ZoneBundleError as error:
             _log.error("could not finish an interrupted removal", zone=intent.metadata.zone, reason=str(error))
         self._link.seal(intent.metadata.bundle_id)
+        self.drains.end_capture(intent.metadata.bundle_id)
 
     def _on_sealer_event(self, event: dict[str, Any]) -> None:
         self.bundles.on_sealer_event(event)

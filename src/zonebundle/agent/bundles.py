@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,12 +15,14 @@ import structlog
 
 from zonebundle.agent.catalogue import BundleEntry, BundleState, Catalogue
 from zonebundle.capture.spool import Spool
-from zonebundle.errors import ConflictError, NoSuchBundleError, StoreError
+from zonebundle.errors import ConflictError, NoSuchBundleError, StoreError, UsageError
+from zonebundle.model.ids import check_zone_name
 from zonebundle.model.manifest import Header
+from zonebundle.model.metadata import Cause, Metadata, format_time
 from zonebundle.model.record import RECORD_FILE
 from zonebundle.seal.link import SealerLink
 from zonebundle.store.bundle import StoredBundle
-from zonebundle.store.reader import StoreReader
+from zonebundle.store.reader import Debris, StoreReader
 
 T = TypeVar("T")
 _log = structlog.get_logger()
@@ -39,6 +42,8 @@ class Bundles:
         self._spool = spool
         self._link = link
         self._threads = threads
+        # Resolved now: when a drain asks for them, what they lead through may be gone.
+        self._store_dirs = (os.path.realpath(store.directory),)
         self._readers: dict[str, int] = {}
         self._unread = asyncio.Condition()
         self._changed = asyncio.Event()
@@ -51,6 +56,15 @@ class Bundles:
 
         for header, size in await self._in_thread(read):
             self._catalogue.put(_sealed_entry(header, size))
+        for debris in await self._in_thread(lambda: list(self._store.debris())):
+            try:
+                check_zone_name(debris.zone)
+            except UsageError as error:
+                # Nobody could ask for it; `verify` tells of it.
+                _log.error("a foreign directory is in the store", reason=str(error))
+                continue
+            if self._catalogue.get(debris.bundle_id) is None:
+                self._catalogue.put(_debris_entry(debris))
 
     def list(self, *, zone: str | None = None, containing: str = "") -> list[BundleEntry]:
         """Bundles of one zone, or of zones whose names contain a text."""
@@ -93,13 +107,24 @@ class Bundles:
             entry = self._catalogue.find(zone, bundle_id)
             if entry.state is BundleState.SEALED:
                 return await self._in_thread(lambda: self._store.find(zone, bundle_id))
+            if entry.is_debris:
+                raise ConflictError(f"bundle {bundle_id} is damaged: {entry.reason}; repair the store, or delete it")
             if entry.state is BundleState.FAILED:
                 raise ConflictError(f"bundle {bundle_id} is not sealed yet: {entry.reason}; it is tried again")
             changed = self._changed
             await changed.wait()
 
+    def store_dirs_of_download(self, bundle_id: str) -> Iterable[str]:
+        """The store directories, resolved, from which a download of the bundle is read."""
+        return self._store_dirs
+
+    def downloads(self) -> Iterator[tuple[str, Iterable[str]]]:
+        """What is being downloaded, with the directories that are read."""
+        for bundle_id in self._readers:
+            yield f"bundle {bundle_id}", self.store_dirs_of_download(bundle_id)
+
     @contextlib.asynccontextmanager
-    async def reading(self, bundle_id: str) -> Any:
+    async def reading(self, bundle_id: str) -> AsyncIterator[None]:
         """While a download reads a bundle, its bytes are not freed."""
         self._readers[bundle_id] = self._readers.get(bundle_id, 0) + 1
         try:
@@ -110,6 +135,30 @@ class Bundles:
                 if not self._readers[bundle_id]:
                     del self._readers[bundle_id]
                 self._unread.notify_all()
+
+    def pinned(self) -> set[str]:
+        """The bundles that a clean-up leaves alone: those that are read, and those that are not sealed yet."""
+        return {*self._readers, *(one.metadata.bundle_id for one in self._catalogue.all() if one.is_on_its_way)}
+
+    def forget(self, bundle_ids: Iterable[str]) -> None:
+        """Unlist bundles that are not in the store any more."""
+        for bundle_id in bundle_ids:
+            self._catalogue.drop(bundle_id)
+        self._wake()
+
+    async def compare_with_store(self) -> None:
+        """Unlist what the store has lost while nobody could tell us."""
+        listed = [(entry.metadata.zone, entry.metadata.bundle_id) for entry in self._catalogue.all() if entry.is_sealed]
+        self.forget(await self._in_thread(lambda: [found for zone, found in listed if self._is_gone(zone, found)]))
+
+    def _is_gone(self, zone: str, bundle_id: str) -> bool:
+        try:
+            self._store.find(zone, bundle_id)
+        except NoSuchBundleError:
+            return True
+        except StoreError as error:
+            _log.error("a bundle cannot be read", zone=zone, bundle=bundle_id, reason=str(error))
+        return False
 
     async def delete(self, zone: str, bundle_id: str) -> None:
         """Delete a bundle: unlisted at once, its bytes freed after the last reader. Sealing is cancelled.
@@ -197,6 +246,11 @@ def _sealed_entry(header: Header, size: int) -> BundleEntry:
         hold_seconds=header.hold_seconds,
         graceful_seconds=header.graceful_seconds,
     )
+
+
+def _debris_entry(debris: Debris) -> BundleEntry:
+    metadata = Metadata(debris.zone, debris.bundle_id, format_time(debris.created), Cause.OTHER)
+    return BundleEntry(metadata, BundleState.FAILED, reason=debris.reason, is_debris=True)
 
 
 def _read_record(path: Path) -> _Report:

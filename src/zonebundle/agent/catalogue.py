@@ -20,7 +20,10 @@ class BundleState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BundleEntry:
-    """One bundle. Bytes: `total` is of the log bytes to seal, `sealed` how many are, `size` of the finished tar.gz."""
+    """One bundle. Bytes: `total` is of the log bytes to seal, `sealed` how many are, `size` of the finished tar.gz.
+
+    `is_debris`: the store holds something under this ID that is no readable bundle; it failed for good.
+    """
 
     metadata: Metadata
     state: BundleState
@@ -32,6 +35,16 @@ class BundleEntry:
     graceful_seconds: float = 0.0
     seal_seconds: float | None = None
     reason: str = ""
+    is_debris: bool = False
+
+    @property
+    def is_sealed(self) -> bool:
+        return self.state is BundleState.SEALED
+
+    @property
+    def is_on_its_way(self) -> bool:
+        """Whether it is being captured or sealed, or will be tried again."""
+        return not self.is_sealed and not self.is_debris
 
     def to_json(self) -> dict[str, Any]:
         """As in a list: Omicron's metadata, and more fields."""
@@ -79,6 +92,10 @@ class Catalogue:
     def drop(self, bundle_id: str) -> None:
         self._entries.pop(bundle_id, None)
         self._hidden.discard(bundle_id)
+
+    def all(self) -> Iterable[BundleEntry]:
+        """Every bundle, also those that are being deleted, in no order."""
+        return list(self._entries.values())
 
     def list(self, *, zone: str | None = None, containing: str = "") -> Iterable[BundleEntry]:
         """The bundles of one zone, or of the zones whose names contain a text, oldest first."""

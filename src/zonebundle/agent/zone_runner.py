@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import structlog
 
 from zonebundle.capture.capture import Captured
-from zonebundle.errors import NoSuchZoneError, TerminatingError, ZoneBundleError
+from zonebundle.errors import NoSuchZoneError, TerminatingError, UnavailableError, ZoneBundleError
 from zonebundle.host import trace
 from zonebundle.model.ids import new_bundle_id, snapshot_name
 from zonebundle.model.metadata import Metadata, format_time
@@ -27,6 +27,8 @@ class Evidence(Protocol):
     """What a runner needs of the agent: to keep a zone's evidence, and to hand it to the sealer."""
 
     installation: str
+
+    async def admit(self, intent: Intent) -> None: ...
 
     async def hold(
         self,
@@ -138,6 +140,8 @@ class ZoneRunner:
         intent = self._intent(zone, "stop", seconds, asked.remove)
         captured: Captured | None
         if asked.bundle:
+            # Refused, if at all, before the zone is touched.
+            await self._evidence.admit(intent)
             captured = await self._hold_and_halt(intent, zone, grace)
         else:
             await self._runtime.stop(zone, grace)
@@ -160,6 +164,10 @@ class ZoneRunner:
         """Where somebody joined a stop without a bundle who wants one: what a stopped zone still has."""
         if self._stopping is None or not self._stopping.bundle:
             return None
+        try:
+            await self._evidence.admit(intent)
+        except UnavailableError as error:
+            return Captured(intent.metadata.bundle_id, False, 0.0, 0.0, 1, None, (Gap("bundle", str(error)),))
         late = Gap("probes", "the bundle was asked for when the stop was on its way already")
         return await self._evidence.hold(intent, probe=False, living=False, gaps=(late,))
 
@@ -201,6 +209,7 @@ class ZoneRunner:
             self._refuse_during_stop("its bundle comes with the stop")
             zone = await self.find()
             intent = self._intent(zone, "create", 0.0, remove=False)
+            await self._evidence.admit(intent)
             runs = zone.state == "running"
             captured = await self._evidence.hold(intent, probe=runs, living=runs)
             self._evidence.seal(intent.metadata.bundle_id, captured)

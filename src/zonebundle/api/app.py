@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from zonebundle import __version__
 from zonebundle.agent.agent import Agent
 from zonebundle.api.downloads import download
+from zonebundle.api.maintenance import add_maintenance
 from zonebundle.errors import UsageError, ZoneBundleError
 from zonebundle.model.ids import check_bundle_id, check_zone_name
 from zonebundle.model.paths import printable
@@ -31,7 +32,8 @@ def make_app(agent: Agent) -> FastAPI:
     app.exception_handler(ZoneBundleError)(_on_error)
     app.exception_handler(RequestValidationError)(_on_bad_request)
     app.exception_handler(HTTPException)(_on_http_error)
-    # First: /zones/bundles would match /zones/{zone} as well.
+    # First: /zones/bundles and /zones/bundle-cleanup would match /zones/{zone} as well.
+    add_maintenance(app, agent)
     _add_bundles(app, agent)
     _add_zones(app, agent)
 
@@ -104,7 +106,7 @@ def _add_bundles(app: FastAPI, agent: Agent) -> None:
 
     @app.get("/zones/bundles/{zone}/{bundle_id}")
     async def get_bundle(zone: str, bundle_id: str, request: Request) -> Response:
-        return await download(agent.bundles, check_zone_name(zone), check_bundle_id(bundle_id), request)
+        return await download(agent, check_zone_name(zone), check_bundle_id(bundle_id), request)
 
     @app.get("/zones/bundles/{zone}/{bundle_id}/status")
     async def get_status(zone: str, bundle_id: str) -> dict[str, Any]:

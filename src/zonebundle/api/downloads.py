@@ -8,15 +8,17 @@ from collections.abc import AsyncIterator
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
-from zonebundle.agent.bundles import Bundles
+from zonebundle.agent.agent import Agent
 from zonebundle.store.splice import splice
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
-async def download(bundles: Bundles, zone: str, bundle_id: str, request: Request) -> Response:
+async def download(agent: Agent, zone: str, bundle_id: str, request: Request) -> Response:
     """Stream a sealed bundle, waiting for the seal first. A failing stream is aborted, never ended cleanly."""
+    bundles = agent.bundles
     bundle = await bundles.sealed(zone, bundle_id)
+    agent.drains.check_download(bundle_id, bundles.store_dirs_of_download(bundle_id))
     etag = f'"{bundle.etag}"'
     headers = {
         "etag": etag,
@@ -37,6 +39,8 @@ async def download(bundles: Bundles, zone: str, bundle_id: str, request: Request
 
     async def body() -> AsyncIterator[bytes]:
         async with bundles.reading(bundle_id):
+            # Again: a drain that began since has not seen this download.
+            agent.drains.check_download(bundle_id, bundles.store_dirs_of_download(bundle_id))
             async for chunk in bundles.iterate(splice(bundle, start=start, stop=stop)):
                 yield chunk
 

@@ -58,8 +58,8 @@ async def _serve(config: Config) -> None:
             await server.serve(sockets)
             _notify_systemd("STOPPING=1")
         finally:
-            with _signals_ignored():
-                await agent.close()
+            _ignore_signals()
+            await agent.close()
     _log.info("agent has stopped; zones run on")
 
 
@@ -143,17 +143,10 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-@contextlib.contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """A second SIGTERM or SIGINT does not end what the first one waits for: stops on their way."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
+def _ignore_signals() -> None:
+    """From here to the exit: a second SIGTERM or SIGINT does not end what the first one waits for."""
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _notify_systemd(message: str) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import stat
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 
 from zonebundle.cli import output
+from zonebundle.cli.files import written
 from zonebundle.errors import UsageError, ZoneBundleError
 from zonebundle.model.paths import printable
 
@@ -95,7 +92,7 @@ def get(socket: Path, zone: str, bundle_id: str | None, create_first: bool, targ
     with AgentClient(socket) as client:
         with (
             client.download(path) as (length, chunks),
-            _written(name) as file,
+            written(name) as file,
             byte_progress(name, shown=sys.stderr.isatty(), to_stderr=True) as progress,
         ):
             task = progress.add_task(name, total=length) if progress else None
@@ -200,38 +197,3 @@ def _readable_time(text: str) -> str:
         return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except ValueError:
         return text
-
-
-@contextlib.contextmanager
-def _written(name: str) -> Iterator[BinaryIO]:
-    """A file to write a bundle to, which appears under its name only when it is whole; `-` is stdout."""
-    if name == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
-    import tempfile
-
-    # The file behind a link is replaced, not the link.
-    path = Path(os.path.realpath(name))
-    with contextlib.suppress(FileNotFoundError):
-        kind = path.stat().st_mode
-        if stat.S_ISDIR(kind):
-            raise UsageError(f"--output: {printable(name)} is a directory; name a file")
-        if not stat.S_ISREG(kind):
-            # A device or a pipe is written to, never replaced.
-            with path.open("wb") as file:
-                yield file
-            return
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
-    except OSError as error:
-        raise ZoneBundleError(f"cannot write {printable(name)}: {error.strerror}") from None
-    try:
-        with open(descriptor, "wb") as file:
-            yield file
-        Path(temporary).rename(path)
-    except OSError as error:
-        raise ZoneBundleError(f"cannot write {printable(name)}: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()

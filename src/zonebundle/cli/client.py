@@ -51,13 +51,14 @@ class _Connection:
     def __init__(self, socket: Path) -> None:
         self.socket = socket
 
-    def _request_arguments(self, method: str, path: str, query: Query | None) -> dict[str, Any]:
+    def _request_arguments(self, method: str, path: str, query: Query | None, body: Any = None) -> dict[str, Any]:
         # A stop takes as long as its grace, a create as long as its hold: only the connection is bounded there.
         answer = None if method == "POST" else ANSWER_TIMEOUT
         return {
             "method": method,
             "url": f"http://zone-bundle{path}",
             "params": dict(query) if query else None,
+            "json": body,
             "timeout": httpx.Timeout(answer, connect=CONNECT_TIMEOUT, pool=None),
         }
 
@@ -96,10 +97,13 @@ class AgentClient(_Connection):
     ) -> None:
         self._client.close()
 
-    def call(self, method: str, path: str, query: Query | None = None) -> Any:
-        """The JSON that the agent answers, None where it answers nothing. Raises ZoneBundleError."""
+    def call(self, method: str, path: str, query: Query | None = None, body: Any = None) -> Any:
+        """The JSON that the agent answers, None where it answers nothing; `body` is sent as JSON.
+
+        Raises ZoneBundleError.
+        """
         try:
-            response = self._client.request(**self._request_arguments(method, path, query))
+            response = self._client.request(**self._request_arguments(method, path, query, body))
         except httpx.HTTPError as error:
             raise self._explain(error) from error
         return decode_answer(response)

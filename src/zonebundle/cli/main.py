@@ -14,16 +14,22 @@ from typing import NoReturn
 import click
 
 from zonebundle import __version__
-from zonebundle.cli import agent, bundles, output, zones
+from zonebundle.cli import agent, bundles, maintenance, output, store_verbs, zones
 from zonebundle.errors import UsageError, ZoneBundleError
 from zonebundle.model.paths import printable
 
 PROGRAM = "zone-bundle"
 DEFAULT_HOST = "unix:/run/zone-bundle/agent.sock"
 
-_ALIASES = {"ls": "list", "del": "delete", "rm": "delete"}
-# These start an agent instead of talking to one.
-_WITHOUT_AGENT = ("agent", "demo")
+_ALIASES = {
+    "ls": "list",
+    "del": "delete",
+    "rm": "delete",
+    "context": "cleanup-context",
+    "set-context": "set-cleanup-context",
+}
+# These start an agent, or read a store, instead of talking to an agent.
+_WITHOUT_AGENT = ("agent", "demo", "verify", "export")
 
 
 class _Verbs(click.Group):
@@ -77,6 +83,13 @@ for _verb in (
     bundles.get,
     bundles.show,
     bundles.delete,
+    maintenance.show_context,
+    maintenance.set_context,
+    maintenance.utilization,
+    maintenance.clean_up,
+    maintenance.drain,
+    store_verbs.verify,
+    store_verbs.export,
     _demo,
 ):
     app.add_command(_verb)
