@@ -14,10 +14,10 @@ from support import stored
 from support.agents import AgentProcess
 from zonebundle.agent.bundles import Bundles
 from zonebundle.agent.catalogue import BundleEntry, BundleState, Catalogue
+from zonebundle.agent.store_dirs import StoreDirs
 from zonebundle.capture.spool import Spool
 from zonebundle.errors import ConflictError
 from zonebundle.model.metadata import Cause, format_time
-from zonebundle.store.reader import StoreReader
 from zonebundle.store.store import Store
 
 
@@ -29,8 +29,8 @@ class Listed:
         self.threads = ThreadPoolExecutor(1)
         self.catalogue = Catalogue()
         link: Any = None
-        reader = StoreReader.open(directory / "store")
-        self.bundles = Bundles(self.catalogue, reader, Spool(directory), link, self.threads)
+        stores = StoreDirs([directory / "store"])
+        self.bundles = Bundles(self.catalogue, stores, Spool(directory), link, self.threads)
 
     def listed(self) -> set[str]:
         return {entry.metadata.bundle_id for entry in self.bundles.list()}
@@ -57,7 +57,7 @@ async def test_what_is_read_or_not_sealed_yet_is_pinned(listed: Listed) -> None:
     for entry in [*entries, debris]:
         listed.catalogue.put(entry)
     assert listed.bundles.pinned() == {entry.metadata.bundle_id for entry in entries}
-    async with listed.bundles.reading(read):
+    async with listed.bundles.reading(listed.store.find("web", read)):
         assert listed.bundles.pinned() == {read, *(entry.metadata.bundle_id for entry in entries)}
         [[what, directories]] = listed.bundles.downloads()
         assert (what, list(directories)) == (f"bundle {read}", [str(listed.store.directory)])

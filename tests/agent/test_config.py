@@ -163,7 +163,7 @@ def test_it_is_frozen(file: Path) -> None:
         ('[agent]\nlisten = ["[::1]:12345"]', "agent.listen: '[::1]:12345': listening on TCP comes with"),
         ('[agent]\nlisten = ["somewhere"]', "agent.listen: 'somewhere' is not an address: write it like unix:/run"),
         ('[agent]\nlisten = ["unix:/a", "unix:/a"]', "agent.listen: an address is there twice"),
-        ('[store]\ndirs = ["/a", "/b"]', "store.dirs: 2 directories: several come with a later version; name one"),
+        ('[store]\ndirs = ["/a", "/a/b"]', "store.dirs: '/a' and '/a/b' lie in each other: choose others"),
         ("[store]\ndirs = []", "store.dirs: no directory: name one"),
         ("agent = 3", "agent: 3 is not a table"),
         ("[zones]\nweb = 3", "zones.web: 3 is not a table"),

@@ -22,6 +22,7 @@ from zonebundle.store import check as check_module
 from zonebundle.store import replicate
 from zonebundle.store.bundle import StoredBundle
 from zonebundle.store.check import Kind, Problem, Repaired, check_store, repair
+from zonebundle.store.check_bundle import find_faults
 from zonebundle.store.objects import Segments
 from zonebundle.store.pieces import CHUNK
 from zonebundle.store.reader import StoreReader
@@ -236,6 +237,22 @@ def test_a_full_disk_leaves_the_problems(sample: Sample, twin: Sample) -> None:
     assert all("no space left" in each.what for each in left if isinstance(each, Problem) and each.kind != "affected")
     assert sample.bytes() == before
     repaired(mend(sample, twin))
+    assert sample.bytes() == twin.bytes()
+
+
+def test_a_frame_that_only_differs_and_cannot_be_replaced_is_told(sample: Sample, twin: Sample) -> None:
+    frame = sample.bundle(0) / "frame"
+    for bit in range(8 * 100, frame.stat().st_size * 8):
+        flip(frame, bit)
+        if not list(find_faults(frame.parent, "web", frame.parent.name, on_entry=lambda _: None)):
+            break
+        flip(frame, bit)
+    with mock.patch.object(check_module, "copy_file", side_effect=StoreError("the disk is full")):
+        (found,) = mend(sample, twin)
+    assert isinstance(found, Problem)
+    assert (found.path, found.is_damage) == (frame, True)
+    assert found.what == "differs from another dir's; it could not be mended: the disk is full"
+    assert repaired(mend(sample, twin)) == {sample.bundle(0)}
     assert sample.bytes() == twin.bytes()
 
 

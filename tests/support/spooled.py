@@ -16,6 +16,7 @@ from zonebundle.model.report import Gap, Outcome, Step
 from zonebundle.snapshots.areas import prepare_area
 from zonebundle.store.reader import StoreReader
 from zonebundle.store.splice import splice
+from zonebundle.store.store import prepare
 
 INSTALLATION = "0123456789ab"
 CREATED = 1_767_225_600.25
@@ -26,7 +27,7 @@ _inodes = itertools.count(1 << 40)
 
 @dataclass(frozen=True)
 class SpoolDir:
-    """A state directory, a store and a staging directory below `base`."""
+    """A state directory, an empty store and a staging directory below `base`."""
 
     base: Path
 
@@ -53,6 +54,7 @@ class SpoolDir:
     def make(self) -> "SpoolDir":
         for directory in (self.spool, self.staging, self.zone_root):
             directory.mkdir(parents=True, mode=0o700)
+        prepare(self.store)
         return self
 
     def left(self) -> list[str]:

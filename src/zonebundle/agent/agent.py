@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -19,20 +18,19 @@ from zonebundle.agent.config import Config
 from zonebundle.agent.drain import Drains
 from zonebundle.agent.recovery import Recovery, discard
 from zonebundle.agent.state import StateDir
+from zonebundle.agent.store_dirs import StoreDirs
 from zonebundle.agent.wiring import hold_settings, make_runtimes
 from zonebundle.agent.zone_runner import ZoneRunner
 from zonebundle.capture.capture import Captured, Capturer
 from zonebundle.capture.spool import Spool
 from zonebundle.capture.workers import HoldWorkers
-from zonebundle.errors import NoSuchZoneError, RuntimeUnavailableError, UnavailableError, ZoneBundleError
-from zonebundle.host.files import make_private_directory
+from zonebundle.errors import NoSuchZoneError, RuntimeUnavailableError, ZoneBundleError
 from zonebundle.model.record import Intent
 from zonebundle.model.report import Gap
 from zonebundle.model.retention import CleanupContext
 from zonebundle.model.zone import LogTree, Zone
 from zonebundle.runtimes.base import Runtime
 from zonebundle.seal.link import SealerLink
-from zonebundle.store.reader import StoreReader
 
 _log = structlog.get_logger()
 
@@ -51,6 +49,7 @@ class Agent:
         self._state_thread = ThreadPoolExecutor(1, thread_name_prefix="state")
         self._state = StateDir(config.agent.state_dir, self._state_thread)
         self._spool = Spool(config.agent.state_dir)
+        self._stores = StoreDirs(config.store.dirs)
         self._workers = HoldWorkers()
         self._runtimes: list[Runtime] = []
         self._runners: dict[str, ZoneRunner] = {}
@@ -64,7 +63,7 @@ class Agent:
             self.installation = self._state.installation
             self._settings = hold_settings(self._config, self.installation)
             self._spool.open()
-            store = _open_store(self._config.store.dirs[0])
+            self._state.remember_stores(self._stores.open(self._state.stores))
             self._runtimes = make_runtimes(self._config)
             self._capturer = Capturer(self._workers, self._spool, self._state)
             self._link = SealerLink(
@@ -75,7 +74,7 @@ class Agent:
                 workers=self._config.seal.workers,
                 on_event=self._on_sealer_event,
             )
-            self.bundles = Bundles(self._catalogue, store, self._spool, self._link, self._threads)
+            self.bundles = Bundles(self._catalogue, self._stores, self._spool, self._link, self._threads)
             first = self._config.cleanup
             context = CleanupContext(first.period, first.storage_limit, first.priority)
             self.cleanup = Cleanup(self._state.path, context, self._link, self.bundles, self._threads)
@@ -121,6 +120,7 @@ class Agent:
         self._spool.close()
         self._threads.shutdown(wait=True)
         self._state_thread.shutdown(wait=True)
+        self._stores.close()
         self._state.close()
 
     async def _warm_up(self) -> None:
@@ -296,20 +296,3 @@ class Agent:
 
     def _on_sealer_event(self, event: dict[str, Any]) -> None:
         self.bundles.on_sealer_event(event)
-
-
-def _open_store(directory: Path) -> StoreReader:
-    """The store, read by the agent. That the sealer cannot write it is better learned now than at the first seal."""
-    try:
-        make_private_directory(directory)
-        usable = os.access(directory, os.R_OK | os.W_OK | os.X_OK)
-        # access(2) says no without saying why.
-        read_only = not usable and os.statvfs(directory).f_flag & os.ST_RDONLY
-        reason = "the file system is mounted read-only" if read_only else "permission denied"
-    except OSError as error:
-        usable, reason = False, error.strerror or str(error)
-    if not usable:
-        raise UnavailableError(
-            f"the store {directory} cannot be written: {reason}; make it writable for this user, or set [store] dirs"
-        )
-    return StoreReader.open(directory)

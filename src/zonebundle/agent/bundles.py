@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 import structlog
 
 from zonebundle.agent.catalogue import BundleEntry, BundleState, Catalogue
+from zonebundle.agent.store_dirs import StoreDirs
 from zonebundle.capture.spool import Spool
 from zonebundle.errors import ConflictError, NoSuchBundleError, StoreError, UsageError
 from zonebundle.model.ids import check_zone_name
@@ -22,7 +22,7 @@ from zonebundle.model.metadata import Cause, Metadata, format_time
 from zonebundle.model.record import RECORD_FILE
 from zonebundle.seal.link import SealerLink
 from zonebundle.store.bundle import StoredBundle
-from zonebundle.store.reader import Debris, StoreReader
+from zonebundle.store.reader import Debris
 
 T = TypeVar("T")
 _log = structlog.get_logger()
@@ -35,16 +35,16 @@ class Bundles:
     """Everything that is asked about bundles. Reads happen in threads that the stop path does not use."""
 
     def __init__(
-        self, catalogue: Catalogue, store: StoreReader, spool: Spool, link: SealerLink, threads: Executor
+        self, catalogue: Catalogue, stores: StoreDirs, spool: Spool, link: SealerLink, threads: Executor
     ) -> None:
         self._catalogue = catalogue
-        self._store = store
+        self._stores = stores
+        self._store = stores.readers
         self._spool = spool
         self._link = link
         self._threads = threads
-        # Resolved now: when a drain asks for them, what they lead through may be gone.
-        self._store_dirs = (os.path.realpath(store.directory),)
-        self._readers: dict[str, int] = {}
+        # The store directory, resolved, of every download that is on its way, by bundle.
+        self._readers: dict[str, list[str]] = {}
         self._unread = asyncio.Condition()
         self._changed = asyncio.Event()
 
@@ -101,12 +101,19 @@ class Bundles:
             # Not recorded yet, or sealed between the look and the read.
             return [], []
 
-    async def sealed(self, zone: str, bundle_id: str) -> StoredBundle:
-        """The finished bundle, waited for if it is on its way. Raises NoSuchBundleError, ConflictError if it failed."""
+    async def sealed(
+        self, zone: str, bundle_id: str, is_drained: Callable[[str], bool] = lambda directory: False
+    ) -> StoredBundle:
+        """The finished bundle, waited for if it is on its way; if it can be, from a directory that is not drained.
+
+        Raises NoSuchBundleError, ConflictError if it failed.
+        """
         while True:
             entry = self._catalogue.find(zone, bundle_id)
             if entry.state is BundleState.SEALED:
-                return await self._in_thread(lambda: self._store.find(zone, bundle_id))
+                return await self._in_thread(
+                    lambda: self._store.find(zone, bundle_id, lambda one: is_drained(self._stores.resolved[one]))
+                )
             if entry.is_debris:
                 raise ConflictError(f"bundle {bundle_id} is damaged: {entry.reason}; repair the store, or delete it")
             if entry.state is BundleState.FAILED:
@@ -114,24 +121,26 @@ class Bundles:
             changed = self._changed
             await changed.wait()
 
-    def store_dirs_of_download(self, bundle_id: str) -> Iterable[str]:
-        """The store directories, resolved, from which a download of the bundle is read."""
-        return self._store_dirs
+    def store_dir_of(self, bundle: StoredBundle) -> str:
+        """The store directory, resolved, in which a bundle was found."""
+        known = self._stores.resolved.items()
+        return next(resolved for directory, resolved in known if bundle.directory.is_relative_to(directory))
 
     def downloads(self) -> Iterator[tuple[str, Iterable[str]]]:
         """What is being downloaded, with the directories that are read."""
-        for bundle_id in self._readers:
-            yield f"bundle {bundle_id}", self.store_dirs_of_download(bundle_id)
+        for bundle_id, directories in self._readers.items():
+            yield f"bundle {bundle_id}", list(directories)
 
     @contextlib.asynccontextmanager
-    async def reading(self, bundle_id: str) -> AsyncIterator[None]:
+    async def reading(self, bundle: StoredBundle) -> AsyncIterator[None]:
         """While a download reads a bundle, its bytes are not freed."""
-        self._readers[bundle_id] = self._readers.get(bundle_id, 0) + 1
+        bundle_id, directory = bundle.header.metadata.bundle_id, self.store_dir_of(bundle)
+        self._readers.setdefault(bundle_id, []).append(directory)
         try:
             yield
         finally:
             async with self._unread:
-                self._readers[bundle_id] -= 1
+                self._readers[bundle_id].remove(directory)
                 if not self._readers[bundle_id]:
                     del self._readers[bundle_id]
                 self._unread.notify_all()

@@ -96,8 +96,10 @@ class StoreConfig(_Section):
     def _check_dirs(cls, dirs: tuple[Path, ...]) -> tuple[Path, ...]:
         if not dirs:
             raise ValueError("no directory: name one")
-        if len(dirs) > 1:
-            raise ValueError(f"{len(dirs)} directories: several come with a later version; name one for now")
+        for number, directory in enumerate(dirs):
+            for other in dirs[number + 1 :]:
+                if directory.is_relative_to(other) or other.is_relative_to(directory):
+                    raise ValueError(f"{show(str(directory))} and {show(str(other))} lie in each other: choose others")
         return dirs
 
 

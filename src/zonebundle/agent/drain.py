@@ -200,6 +200,10 @@ class Drains:
         """It is recorded and the sealer knows of it, or there is nothing of it."""
         self._captures.pop(bundle_id, None)
 
+    def covers(self, directory: str) -> bool:
+        """Whether a resolved directory lies on a path that is being drained."""
+        return any(_is_below(directory, barrier) for barrier in self._barriers)
+
     def check_download(self, bundle_id: str, directories: Iterable[str]) -> None:
         """Raise UnavailableError if one of the resolved directories that a download reads is drained."""
         for barrier in self._barriers:

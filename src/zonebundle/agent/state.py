@@ -22,7 +22,7 @@ _LOCK_FILE = "agent.lock"
 class StateDir:
     """`<state-dir>`, owned by one agent at a time.
 
-    state.json holds {"state": format, "installation": ID, "staging": [directories]}.
+    state.json: {"state": format, "installation": ID, "staging": [directories], "stores": {directory: mount point}}.
     """
 
     def __init__(self, path: Path, threads: Executor) -> None:
@@ -88,6 +88,18 @@ class StateDir:
             await asyncio.get_running_loop().run_in_executor(self._threads, self._save, state)
             self._state = state
 
+    @property
+    def stores(self) -> dict[str, str]:
+        """Every directory that has ever had a store of ours, and the mount point that it was on."""
+        return dict(self._state.get("stores", {}))
+
+    def remember_stores(self, stores: dict[str, str]) -> None:
+        """Make it durable where the stores are. Blocks; at start only. Raises OSError."""
+        if stores != self.stores:
+            state = self._state | {"stores": stores}
+            self._save(state)
+            self._state = state
+
     def close(self) -> None:
         """Give up the lock."""
         if self._lock >= 0:
@@ -105,6 +117,9 @@ def _parse(data: bytes, file: Path) -> dict[str, Any]:
     staging = state.get("staging")
     if not isinstance(state.get("installation"), str) or not is_installation_id(state["installation"]):
         raise ValueError("no installation ID")
+    stores = state.get("stores", {})
+    if not isinstance(stores, dict) or not all(isinstance(point, str) for point in stores.values()):
+        raise ValueError("'stores' is not a table of mount points")
     if not isinstance(staging, list) or not all(isinstance(one, str) and os.path.isabs(one) for one in staging):
         raise ValueError("'staging' is not a list of absolute paths")
     return state

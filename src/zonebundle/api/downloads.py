@@ -17,8 +17,8 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 async def download(agent: Agent, zone: str, bundle_id: str, request: Request) -> Response:
     """Stream a sealed bundle, waiting for the seal first. A failing stream is aborted, never ended cleanly."""
     bundles = agent.bundles
-    bundle = await bundles.sealed(zone, bundle_id)
-    agent.drains.check_download(bundle_id, bundles.store_dirs_of_download(bundle_id))
+    bundle = await bundles.sealed(zone, bundle_id, agent.drains.covers)
+    agent.drains.check_download(bundle_id, [bundles.store_dir_of(bundle)])
     etag = f'"{bundle.etag}"'
     headers = {
         "etag": etag,
@@ -38,9 +38,9 @@ async def download(agent: Agent, zone: str, bundle_id: str, request: Request) ->
     headers["content-length"] = str(stop - start)
 
     async def body() -> AsyncIterator[bytes]:
-        async with bundles.reading(bundle_id):
+        async with bundles.reading(bundle):
             # Again: a drain that began since has not seen this download.
-            agent.drains.check_download(bundle_id, bundles.store_dirs_of_download(bundle_id))
+            agent.drains.check_download(bundle_id, [bundles.store_dir_of(bundle)])
             async for chunk in bundles.iterate(splice(bundle, start=start, stop=stop)):
                 yield chunk
 

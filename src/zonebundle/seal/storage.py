@@ -10,7 +10,8 @@ from zonebundle.errors import StoreError
 from zonebundle.model.manifest import Piece
 from zonebundle.seal.guard import SpoolGuard
 from zonebundle.store.index import Index
-from zonebundle.store.store import Store, prepare
+from zonebundle.store.reader import read_format
+from zonebundle.store.store import Store
 from zonebundle.store.stores import Stores
 
 INDEX = "index.sqlite"
@@ -39,12 +40,13 @@ class Storage:
         failure: StoreError | None = None
         for directory in self.stores.directories:
             try:
-                known.append(prepare(directory))
+                if (store_id := read_format(directory)) is not None:
+                    known.append(store_id)
             except StoreError as error:
                 failure = failure or error
-        if failure is not None and not known:
+        if not known:
             # Without any store nobody can tell whether the index is of this one.
-            raise failure
+            raise failure or StoreError(f"there is no store in {', '.join(map(str, self.stores.directories))}")
         self.index = Index.open(self._path, known)
 
     def refresh(self) -> None:

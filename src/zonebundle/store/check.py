@@ -57,7 +57,7 @@ def repair(
 
     Bundles with a tombstone are deleted instead. What cannot be mended is yielded as the problem that it stays. No
     bundle may be sealed into, or copied to, this dir by others meanwhile. Raises StoreError if a directory cannot be
-    listed.
+    listed, or a bundle with a tombstone not be deleted.
     """
     with StoreCheck(damaged, deep=deep, progress=progress) as check:
         yield from _Repair(damaged, others, tombstones, check).run()
@@ -121,6 +121,10 @@ class _Repair:
         try:
             is_changed = self._restore(directory, {found.kind for found in problems})
         except (StoreError, NoSuchBundleError) as error:
+            # Without a problem of its own it is the other dir's frame that it should have got.
+            problems = problems or [
+                problem(Kind.FRAME, directory / FRAME, "differs from another dir's", identify(directory))
+            ]
             yield from (_unmended(found, error) for found in problems)
             return
         if not is_changed:

@@ -60,15 +60,19 @@ class Store(StoreReader):
         self._deleting = threading.Lock()
 
     @classmethod
-    def open(cls, directory: Path, guard: Guard | None = None) -> Store:
-        """Create the store or take it over, and remove what a crash left half done. `guard` tells who uses it besides.
+    def open(cls, directory: Path, guard: Guard | None = None, *, make: bool = True) -> Store:
+        """Create the store (unless not `make`) or take it over, and remove what a crash left half done.
+
+        `guard` tells who uses it besides.
 
         Raises FormatError if it is a newer one, StoreError if it cannot be written, is somebody else's directory, or
         has another writer already.
         """
         with contextlib.ExitStack() as stack:
             with store_errors(f"opening store {directory}"):
-                store_id = prepare(directory)
+                store_id = prepare(directory) if make else read_format(directory)
+                if store_id is None:
+                    raise StoreError(f"there is no store in {directory}: its file system may not be mounted")
                 lock = os.open(directory / FORMAT, os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, lock)
                 try:

@@ -29,7 +29,7 @@ _PAUSE = 5.0
 
 
 class Stores:
-    """Opens the directories that can be opened, again and again. Methods block, and may be called from any thread."""
+    """Opens the stores that are there, again and again; makes none. Methods block, and may be called from any thread."""
 
     def __init__(self, directories: Sequence[Path], state_dir: Path, guard: Guard | None = None) -> None:
         self.directories = tuple(directories)
@@ -61,7 +61,7 @@ class Stores:
             self._retire(directory)
             store = None
         try:
-            store = store or Store.open(directory, self._guard)
+            store = store or Store.open(directory, self._guard, make=False)
         except StoreError as error:
             self._fail(directory, str(error))
             return None
