@@ -52,8 +52,8 @@ class StoreDirs:
                 refused[directory] = error
         if len(refused) == len(self.resolved):
             raise next(iter(refused.values()))
-        for directory, error in refused.items():
-            _log.error("a store directory cannot be used", directory=str(directory), reason=str(error))
+        for directory, reason in refused.items():
+            _log.error("a store directory cannot be used", directory=str(directory), reason=str(reason))
         return found
 
     def _open(self, directory: Path, point: str, expected: str) -> None:

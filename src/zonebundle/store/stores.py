@@ -29,7 +29,7 @@ _PAUSE = 5.0
 
 
 class Stores:
-    """Opens the stores that are there, again and again; makes none. Methods block, and may be called from any thread."""
+    """Opens the stores that are there, again and again; makes none. Methods block and may be called from any thread."""
 
     def __init__(self, directories: Sequence[Path], state_dir: Path, guard: Guard | None = None) -> None:
         self.directories = tuple(directories)
