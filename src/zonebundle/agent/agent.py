@@ -22,6 +22,7 @@ from zonebundle.agent.store_dirs import StoreDirs
 from zonebundle.agent.wiring import hold_settings, make_runtimes
 from zonebundle.agent.zone_runner import ZoneRunner
 from zonebundle.capture.capture import Captured, Capturer
+from zonebundle.capture.order import HoldSettings
 from zonebundle.capture.spool import Spool
 from zonebundle.capture.workers import HoldWorkers
 from zonebundle.errors import NoSuchZoneError, RuntimeUnavailableError, ZoneBundleError
@@ -31,6 +32,7 @@ from zonebundle.model.retention import CleanupContext
 from zonebundle.model.zone import LogTree, Zone
 from zonebundle.runtimes.base import Runtime
 from zonebundle.seal.link import SealerLink
+from zonebundle.seal.storage import INDEX
 
 _log = structlog.get_logger()
 
@@ -50,7 +52,7 @@ class Agent:
         self._state = StateDir(config.agent.state_dir, self._state_thread)
         self._spool = Spool(config.agent.state_dir)
         self._stores = StoreDirs(config.store.dirs)
-        self._workers = HoldWorkers()
+        self._workers = HoldWorkers(module="zonebundle.agent.hold_server")
         self._runtimes: list[Runtime] = []
         self._runners: dict[str, ZoneRunner] = {}
         self._catalogue = Catalogue()
@@ -226,7 +228,7 @@ class Agent:
         self.drains.begin_capture(intent)
         try:
             captured = await self._capturer.capture(
-                intent, self._settings, probe=probe, living=living, halt=halt, gaps=gaps, remove=remove
+                intent, self._hold_settings(), probe=probe, living=living, halt=halt, gaps=gaps, remove=remove
             )
         except BaseException:
             self._catalogue.drop(bundle_id)
@@ -244,6 +246,10 @@ class Agent:
             self._catalogue.drop(bundle_id)
             self.drains.end_capture(bundle_id)
         return captured
+
+    def _hold_settings(self) -> HoldSettings:
+        index = str(self._config.agent.state_dir / INDEX) if self._link.is_indexed else ""
+        return replace(self._settings, index=index)
 
     def seal(self, bundle_id: str, captured: Captured) -> None:
         """Hand a released zone's evidence to the sealer, without waiting for it."""

@@ -32,7 +32,7 @@ from zonebundle.model.record import COMMANDS_FILE, LIVE, Area, LogFile, RecordHe
 from zonebundle.model.report import Gap, Outcome, Step
 from zonebundle.model.zone import COMMAND_MARK, LogTree, ProcessRef
 from zonebundle.snapshots.areas import prepare_area
-from zonebundle.snapshots.base import Choice, OpenTree, StagingRules
+from zonebundle.snapshots.base import Choice, KnownFiles, OpenTree, StagingRules
 from zonebundle.snapshots.btrfs import take_btrfs
 from zonebundle.snapshots.choose import choose
 from zonebundle.snapshots.place import FILES
@@ -48,8 +48,9 @@ _OPEN_SHARE = 0.25
 class Hold:
     """The state of one hold between the agent's messages."""
 
-    def __init__(self, order: HoldOrder, threads: Executor) -> None:
+    def __init__(self, order: HoldOrder, threads: Executor, known: KnownFiles | None = None) -> None:
         self._order = order
+        self._known = known
         self._settings = order.settings
         self._entry = Path(order.entry)
         self._threads = threads
@@ -218,6 +219,7 @@ class Hold:
                     limits=self._settings.limits,
                     living=finish.living,
                     durable=finish.durable,
+                    known=self._known,
                 ):
                     counted.take(item)
                 # The record will name what is staged: the names must outlast a power cut as well as the record does.

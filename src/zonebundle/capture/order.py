@@ -14,6 +14,7 @@ class HoldSettings:
     """The part of the configuration that a hold needs. Seconds and bytes.
 
     `stacks` is "user" (with a host tool, where there is one) or "kernel". `staging` maps mount points to directories.
+    `index` is the file that tells what the store has; empty while there is none to be trusted.
     """
 
     budget: float = 2.0
@@ -25,6 +26,7 @@ class HoldSettings:
     state_dir: str = ""
     installation: str = ""
     limits: Limits = field(default_factory=Limits)
+    index: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -37,6 +39,7 @@ class HoldSettings:
             "state_dir": self.state_dir,
             "installation": self.installation,
             "limits": [self.limits.file, self.limits.bundle, self.limits.files],
+            "index": self.index,
         }
 
     @classmethod
@@ -51,6 +54,7 @@ class HoldSettings:
             state_dir=data["state_dir"],
             installation=data["installation"],
             limits=Limits(*data["limits"]),
+            index=data["index"],
         )
 
 

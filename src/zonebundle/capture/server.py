@@ -21,9 +21,12 @@ from zonebundle.host import syscalls
 from zonebundle.host.channel import ChannelClosed, receive_message
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Serve `{"fork": n}` requests, each with the worker's socket as a descriptor, until the agent's end closes."""
-    parser = argparse.ArgumentParser(prog="zonebundle.capture.server")
+def main(open_index: worker.OpenIndex | None = None, arguments: list[str] | None = None) -> None:
+    """Serve `{"fork": n}` requests, each with the worker's socket as a descriptor, until the agent's end closes.
+
+    `open_index` is given by whoever knows stores, which a hold does not.
+    """
+    parser = argparse.ArgumentParser(prog="hold server")
     parser.add_argument("--fd", type=int, required=True, help="the control socket")
     parser.add_argument("--agent", type=int, required=True, help="the agent's PID")
     options = parser.parse_args(arguments)
@@ -42,10 +45,10 @@ def main(arguments: list[str] | None = None) -> None:
         except ChannelClosed:
             sys.exit(0)
         for descriptor in descriptors:
-            _fork(control, descriptor)
+            _fork(control, descriptor, open_index)
 
 
-def _fork(control: socket.socket, descriptor: int) -> None:
+def _fork(control: socket.socket, descriptor: int, open_index: worker.OpenIndex | None) -> None:
     server = os.getpid()
     try:
         child = os.fork()
@@ -61,7 +64,7 @@ def _fork(control: socket.socket, descriptor: int) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         control.close()
         syscalls.die_with_parent(server, signal.SIGKILL)
-        worker.serve(socket.socket(fileno=descriptor))
+        worker.serve(socket.socket(fileno=descriptor), open_index)
     except BaseException:
         worker.report_crash()
         os._exit(1)

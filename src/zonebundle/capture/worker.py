@@ -13,8 +13,9 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from zonebundle.capture.hold import Hold, find_choices
@@ -23,11 +24,16 @@ from zonebundle.errors import HostError, ZoneBundleError
 from zonebundle.host import syscalls
 from zonebundle.host.channel import Channel, ChannelClosed, send_message
 from zonebundle.model.zone import Zone
+from zonebundle.snapshots.base import KnownFiles
 
 _THREADS = 64
 
 
-def serve(sock: socket.socket) -> None:
+OpenIndex = Callable[[Path], KnownFiles]
+"""Makes what a worker asks for known files, of the index file; opens nothing yet."""
+
+
+def serve(sock: socket.socket, open_index: OpenIndex | None = None) -> None:
     """Serve holds until the agent closes its end. Ends the process."""
     # Orphans of commands come to us and can be found and killed, wherever they tried to hide.
     syscalls.become_subreaper()
@@ -35,15 +41,17 @@ def serve(sock: socket.socket) -> None:
     send_message(sock, {"pid": os.getpid()}, (pidfd,))
     os.close(pidfd)
     with contextlib.suppress(ChannelClosed):
-        asyncio.run(_Worker(Channel(sock)).serve())
+        asyncio.run(_Worker(Channel(sock), open_index).serve())
     # Not a return: a thread that hangs in the kernel must not be joined. Commands that still run are noted in the
     # spool and ended by the agent, or by the next one.
     os._exit(0)
 
 
 class _Worker:
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, open_index: OpenIndex | None) -> None:
         self._channel = channel
+        self._open_index = open_index
+        self._indexes: dict[str, KnownFiles] = {}
         # Shared by the holds: starting threads for each would cost more than what they do. A stuck one is lost to it,
         # and ends this worker's career.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="hold")
@@ -64,10 +72,18 @@ class _Worker:
                 case _:
                     if message["do"] == "begin" and number not in self._holds:
                         # Here and not in the task: `go` may be the next message, and must find the hold.
-                        self._holds[number] = Hold(HoldOrder.from_json(message["order"]), self._threads)
+                        order = HoldOrder.from_json(message["order"])
+                        self._holds[number] = Hold(order, self._threads, self._known_files(order.settings.index))
                     task = asyncio.create_task(self._answer(number, message))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
+
+    def _known_files(self, index: str) -> KnownFiles | None:
+        if not index or self._open_index is None:
+            return None
+        if index not in self._indexes:
+            self._indexes[index] = self._open_index(Path(index))
+        return self._indexes[index]
 
     async def _answer(self, number: int, message: dict[str, Any]) -> None:
         try:

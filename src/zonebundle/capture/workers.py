@@ -155,7 +155,9 @@ class HoldWorkers:
     no further holds, and goes when its last one has ended.
     """
 
-    def __init__(self, shared: int | None = None) -> None:
+    def __init__(self, shared: int | None = None, module: str = "zonebundle.capture.server") -> None:
+        """`module` is run as the hold server."""
+        self._module = module
         self._target = shared or 2 * (os.cpu_count() or 1)
         self._shared: list[_Process] = []
         self._spare: list[_Process] = []
@@ -273,7 +275,7 @@ class HoldWorkers:
         try:
             self._server = subprocess.Popen(  # noqa: ASYNC220 - vfork and exec: a millisecond, at start and after a crash
                 [
-                    *(sys.executable, "-m", "zonebundle.capture.server"),
+                    *(sys.executable, "-m", self._module),
                     *("--fd", str(theirs.fileno()), "--agent", str(os.getpid())),
                 ],
                 stdin=subprocess.DEVNULL,

@@ -8,6 +8,9 @@ from typing import Any
 # Times of a file may be coarser than its changes (4 ms before Linux 6.13, 10 ms with 100 ticks a second): a change in
 # the same tick leaves no mark. git has the same care, with its index's own time.
 TRUSTED_AGE_NS = 20_000_000
+# Some file systems keep whole seconds (ext4 with small inodes), or two of them (FAT).
+_COARSE_NS = 1_000_000_000
+_COARSE_AGE_NS = 2 * _COARSE_NS + TRUSTED_AGE_NS
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,9 @@ class FileIdentity:
 
     def is_settled(self, now_ns: int) -> bool:
         """Whether a change after `now_ns` (wall clock) would show: its stamps are old enough, and not in the future."""
-        return max(self.mtime_ns, self.ctime_ns) + TRUSTED_AGE_NS <= now_ns
+        # An mtime of whole seconds may have been set by anybody; the ctime is the kernel's own.
+        age = TRUSTED_AGE_NS if self.ctime_ns % _COARSE_NS else _COARSE_AGE_NS
+        return max(self.mtime_ns, self.ctime_ns) + age <= now_ns
 
     def to_json(self) -> list[Any]:
         return [self.filesystem, self.inode, self.born_ns, self.size, self.mtime_ns, self.ctime_ns]

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from zonebundle.errors import FormatError
 from zonebundle.model.identity import FileIdentity
+from zonebundle.model.manifest import Piece
 from zonebundle.model.metadata import Cause, Metadata
 from zonebundle.model.paths import path_from_json, path_to_json
 from zonebundle.model.zone import Zone
@@ -121,7 +122,8 @@ class LogFile:
     """A log file with its size and parts fixed. `path` is relative to its source; `host_path` is where it was.
 
     `size` is of the whole file; the bytes kept are those of `parts`, which are adjacent and end at `size`. `identity`
-    is that of the state which the parts hold, before our own link changed it; None where it is not certain.
+    is that of the state which the parts hold, before our own link changed it; None where it is not certain. `pieces`
+    are those that hold the whole log already, of one that was known; its part is where it is read if they are gone.
     """
 
     source: str
@@ -134,6 +136,7 @@ class LogFile:
     inode: int
     parts: tuple[Part, ...]
     identity: FileIdentity | None = None
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def first(self) -> int:
@@ -152,6 +155,7 @@ class LogFile:
                 "ino": self.inode,
                 "parts": [part.to_json() for part in self.parts],
             }
+            | ({"pieces": [piece.to_json() for piece in self.pieces]} if self.pieces else {})
             | ({"id": [known.filesystem, known.born_ns, known.ctime_ns]} if (known := self.identity) else {})
         )
 
@@ -168,6 +172,7 @@ class LogFile:
             inode=data["ino"],
             parts=tuple(Part(*fields) for fields in data["parts"]),
             identity=_identity(data),
+            pieces=tuple(Piece(*fields) for fields in data.get("pieces", ())),
         )
 
 

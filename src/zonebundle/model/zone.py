@@ -56,6 +56,17 @@ class LogTree:
     prefix: str = ""
     via: ProcessRef | None = None
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> LogTree:
+        """The tree that `dataclasses.asdict` wrote."""
+        return cls(
+            source=data["source"],
+            path=data["path"],
+            patterns=tuple(data["patterns"]),
+            prefix=data["prefix"],
+            via=_process_ref(data["via"]),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Zone:
@@ -88,16 +99,7 @@ class Zone:
                 session=data["membership"]["session"],
                 cgroup=data["membership"]["cgroup"],
             ),
-            logs=tuple(
-                LogTree(
-                    source=tree["source"],
-                    path=tree["path"],
-                    patterns=tuple(tree["patterns"]),
-                    prefix=tree["prefix"],
-                    via=_process_ref(tree["via"]),
-                )
-                for tree in data["logs"]
-            ),
+            logs=tuple(map(LogTree.from_json, data["logs"])),
             command_prefix=tuple(data["command_prefix"]),
             directory=data["directory"],
         )

@@ -30,14 +30,15 @@ from zonebundle.store.pieces import CHUNK, SMALL, Run, content_digest, deflate, 
 
 # A pack is closed at so many raw bytes or logs, or when so many bytes have been read since it was begun: logs leave
 # in order, so those behind it wait for it. It is no bigger than a chunk, to share out small logs over the workers.
-_PACK = CHUNK
-_PACKED_LOGS = 1024
+PACK_BYTES = CHUNK
+PACK_LOGS = 1024
 _PACK_PATIENCE = 32 * CHUNK
 # Logs of less than this many bytes on average take longer to handle than to compress.
 _TINY = 16 << 10
 # So many logs may wait in memory for the first of them.
-_WAITING = 4 * _PACKED_LOGS
-_MAGIC = 12
+_WAITING = 4 * PACK_LOGS
+# So many bytes of a file tell whether it is compressed.
+MAGIC = 12
 
 
 class Segments(Protocol):
@@ -46,6 +47,41 @@ class Segments(Protocol):
     def put(self, runs: Sequence[Run], owner: str) -> list[Piece]: ...
 
     def zero_piece(self, times: int, owner: str) -> Piece: ...
+
+
+def cut(start: int, end: int, next_data: Callable[[int], int]) -> Iterator[tuple[int, int, int]]:
+    """Where a log that is not packed is cut: (offset, length, times), at multiples of CHUNK from the file's begin.
+
+    So a log that has grown is cut alike. `times` is how many whole chunks of a hole begin there, 0 where bytes are to
+    be read; `next_data` tells the first byte from an offset on that is not known to be in a hole.
+    """
+    while start < end:
+        stop = min(start - start % CHUNK + CHUNK, end)
+        zeros = (next_data(start) - start) // CHUNK if stop - start == CHUNK else 0
+        stop = start + zeros * CHUNK if zeros else stop
+        yield start, stop - start, zeros
+        start = stop
+
+
+def make_pieces(
+    raws: Sequence[bytes], known: Known, segments: Segments, owner: str, *, is_stored: bool | None = None
+) -> list[Piece]:
+    """A piece for each of `raws`, leased to `owner`. Those that are not known are compressed, into one segment.
+
+    `is_stored`: they are of a file that is compressed already; None: each is a whole file, which tells by itself.
+    Raises StoreError.
+    """
+    pieces: list[Piece | None] = []
+    runs = []
+    for raw in raws:
+        digest = content_digest(raw)
+        piece = known.content(digest, len(raw))
+        pieces.append(piece)
+        if piece is None:
+            as_is = is_compressed(raw[:MAGIC]) if is_stored is None else is_stored
+            runs.append(store_uncompressed(raw, digest) if as_is else deflate(raw, digest))
+    made = iter(segments.put(runs, owner) if runs else ())
+    return [piece or next(made) for piece in pieces]
 
 
 class _Job(Protocol):
@@ -225,11 +261,17 @@ class Compression:
     def _find(self, log: _Log) -> bool:
         """Whether the log is known as a whole: then its pieces are there."""
         planned = log.planned.log
+        if planned.pieces and self._known.recorded(planned.pieces):
+            log.pieces = list(planned.pieces)
+            log.is_known = True
+            self._tell(log.planned.length)
+            return True
         found = self._known.file(planned.identity) if not planned.first else None
         if found is None:
             return False
         known, log.pieces = found
         log.is_known = True
+        # What cannot be looked at is only read again the next time.
         with contextlib.suppress(OSError):
             self._renew(planned, known)
         self._tell(log.planned.length)
@@ -237,7 +279,7 @@ class Compression:
 
     def _renew(self, log: LogFile, known: FileIdentity) -> None:
         """Of a link, the index is to know the ctime that the link has made: or it would not be known the next time."""
-        if len(log.parts) != 1 or not self._areas.may_hold_links(log.parts[0].area):
+        if len(log.parts) != 1 or log.parts[0].origin != "staged" or not self._areas.may_hold_links(log.parts[0].area):
             return
         descriptor = self._areas.open(log.parts[0])
         try:
@@ -249,7 +291,7 @@ class Compression:
 
     def _put_in_pack(self, log: _Log, length: int) -> None:
         pack = self._pack
-        if pack is not None and (pack.size + length > _PACK or len(pack.logs) >= _PACKED_LOGS):
+        if pack is not None and (pack.size + length > PACK_BYTES or len(pack.logs) >= PACK_LOGS):
             self._close_pack()
             pack = None
         if pack is None:
@@ -283,26 +325,20 @@ class Compression:
         return raws
 
     def _read_chunks(self, log: _Log, reader: LogReader) -> None:
-        """Cut at multiples of CHUNK from the file's begin, so that a log that has grown is cut alike."""
-        number, end = log.planned.number, log.planned.log.size
-        at = log.planned.log.first
+        number, first = log.planned.number, log.planned.log.first
         is_stored: bool | None = None
-        while at < end:
+        for at, length, zeros in cut(first, log.planned.log.size, reader.next_data):
             self._check_canceled()
-            stop = min(at - at % CHUNK + CHUNK, end)
-            zeros = (reader.next_data(at) - at) // CHUNK if stop - at == CHUNK else 0
             if zeros:
                 log.jobs.append(_Ready(self._segments.zero_piece(zeros, self._owner)))
-                reader.skip(at, at + zeros * CHUNK)
-                at += zeros * CHUNK
+                reader.skip(at, at + length)
                 continue
-            raw = reader.read(at, stop - at)
+            raw = reader.read(at, length)
             if is_stored is None:
-                is_stored = at == 0 and is_compressed(raw[:_MAGIC])
+                is_stored = at == 0 and is_compressed(raw[:MAGIC])
             log.jobs.append(self._submit_chunk(raw, number, is_stored))
-            self._bytes += len(raw)
+            self._bytes += length
             log.collect()
-            at = stop
 
     def _submit_chunk(self, raw: bytes, number: int, is_stored: bool) -> _Job:
         return self._submit(
@@ -322,21 +358,11 @@ class Compression:
     def _compress(
         self, slot: int, raws: list[bytes], numbers: tuple[int, int], *, is_stored: bool | None = None
     ) -> list[Piece]:
-        """In a worker: a piece for each of `raws`. Those that are not known are compressed, into one segment."""
+        """In a worker: a piece for each of `raws`."""
         self._marks.begin(slot, *numbers)
         try:
             trace.point("seal.reading")
-            pieces: list[Piece | None] = []
-            runs = []
-            for raw in raws:
-                digest = content_digest(raw)
-                piece = self._known.content(digest, len(raw))
-                pieces.append(piece)
-                if piece is None:
-                    as_is = is_compressed(raw[:_MAGIC]) if is_stored is None else is_stored
-                    runs.append(store_uncompressed(raw, digest) if as_is else deflate(raw, digest))
-            made = iter(self._segments.put(runs, self._owner) if runs else ())
-            return [piece or next(made) for piece in pieces]
+            return make_pieces(raws, self._known, self._segments, self._owner, is_stored=is_stored)
         finally:
             self._marks.end(slot)
 

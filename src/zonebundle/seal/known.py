@@ -41,6 +41,10 @@ class Known:
             return None
         return known.identity, list(known.pieces)
 
+    def recorded(self, pieces: Sequence[Piece]) -> bool:
+        """Whether the pieces that a record names are there still."""
+        return self._lease(pieces)
+
     def content(self, digest: str, length: int) -> Piece | None:
         """The piece that holds raw bytes with this BLAKE3 (hex)."""
         if self._index is None:

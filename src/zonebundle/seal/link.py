@@ -106,6 +106,8 @@ class SealerLink:
         self._transport: asyncio.WriteTransport | None = None
         self._supervision: asyncio.Task[None] | None = None
         self._is_ready = False
+        # Whether the index was found to be of these stores: only then may anybody else ask it.
+        self.is_indexed = False
         self._to_seal: dict[str, None] = {}
         self._requests: dict[int, _Request] = {}
         self._numbers = itertools.count(1)
@@ -250,7 +252,8 @@ class SealerLink:
 
     def _take(self, message: Event) -> None:
         match message:
-            case {"ready": _}:
+            case {"ready": _, "indexed": bool(is_indexed)}:
+                self.is_indexed = is_indexed
                 for path in self._drained:
                     number = next(self._numbers)
                     self._unconfirmed.add(number)

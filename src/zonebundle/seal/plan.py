@@ -26,13 +26,14 @@ from zonebundle.model.zone import LogTree
 from zonebundle.seal.areas import SNAPSHOT, OpenAreas
 from zonebundle.seal.entry import Record, SpoolEntry, whole
 from zonebundle.seal.report import Gaps
+from zonebundle.snapshots.links import is_suspect
 from zonebundle.snapshots.wanted import Wanted
 
 # So many found files are sorted in memory; more are sorted in runs of this size, in a file without a name.
 _SORTED_AT_ONCE = 20_000
 _UNSAFE = re.compile(rb"(?:^|/)\.{0,2}(?:/|$)|\0")
-# Collected through journalctl only.
-_JOURNALS = (".journal", ".journal~")
+JOURNALS = (".journal", ".journal~")
+"""How files end that are collected through journalctl only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +203,7 @@ class _Walk:
         self._gaps.add(Gap(printable(what), reason))
 
     def _is_taken(self, root: int, found: Found) -> bool:
-        if found.path.endswith(_JOURNALS):
+        if found.path.endswith(JOURNALS):
             return False
         if self._recorded and (self._tree.source, os.fsencode(self._prefixed(found.path))) in self._recorded:
             return False
@@ -213,7 +214,7 @@ class _Walk:
             return False
         self._linked.add(status.st_ino)
         # As in staging: who may write in a directory could have linked a file there that is not theirs to read.
-        if os.stat(os.path.dirname(found.path) or ".", dir_fd=root, follow_symlinks=False).st_uid != status.st_uid:
+        if is_suspect(status, os.stat(os.path.dirname(found.path) or ".", dir_fd=root, follow_symlinks=False).st_uid):
             self._gap(found.path, "has several links and another owner than its directory; it may be another's file")
             return False
         return True

@@ -118,7 +118,7 @@ class LogReader:
                 descriptor, shift = self._areas.open(part), part.offset - part.start
         except (OSError, HostError, ChangedError) as error:
             return _Source(start, end, -1, reason=_reason(error))
-        return _Source(start, end, descriptor, shift, part.length >= CHUNK and _has_holes(descriptor))
+        return _Source(start, end, descriptor, shift, part.length >= CHUNK and has_holes(os.fstat(descriptor)))
 
     def _sample_after(self, index: int) -> bytes:
         if index + 1 >= len(self._log.parts) or self._log.parts[index + 1].origin == "live":
@@ -243,11 +243,16 @@ def _read_into(source: _Source, at: int, view: memoryview) -> tuple[int, str]:
 def _seek_data(source: _Source, at: int) -> int:
     if not source.is_sparse:
         return at
+    return next_data(source.descriptor, at + source.shift, source.end + source.shift) - source.shift
+
+
+def next_data(descriptor: int, at: int, end: int) -> int:
+    """The first byte of a file from `at` on that is not known to be in a hole; `end` if there is none."""
     try:
-        return os.lseek(source.descriptor, at + source.shift, os.SEEK_DATA) - source.shift
+        return os.lseek(descriptor, at, os.SEEK_DATA)
     except OSError as error:
         # ENXIO: nothing but a hole up to the end of the file.
-        return source.end if error.errno == errno.ENXIO else at
+        return end if error.errno == errno.ENXIO else at
 
 
 def _was_written_to(descriptor: int, log: LogFile) -> bool:
@@ -255,8 +260,8 @@ def _was_written_to(descriptor: int, log: LogFile) -> bool:
     return is_link(status, log) and status.st_mtime_ns != log.mtime_ns
 
 
-def _has_holes(descriptor: int) -> bool:
-    status = os.fstat(descriptor)
+def has_holes(status: os.stat_result) -> bool:
+    """Whether a file has fewer blocks than its size takes."""
     return status.st_blocks * 512 < status.st_size
 
 

@@ -314,6 +314,12 @@ class Sealer:
         remove_leftovers(self._spool)
         self._storage.usable()
 
+    @property
+    def is_indexed(self) -> bool:
+        """Whether there is an index, which was made for these stores."""
+        index = self._storage.index
+        return index is not None and not index.is_broken
+
     def close(self) -> None:
         """Give the stores back. Nothing may be on its way."""
         self._storage.close()

@@ -8,7 +8,7 @@ Messages are JSON, one a line. From the agent:
 
 To the agent; seconds and bytes:
 
-    {"ready": true}
+    {"ready": true, "indexed": whether the index is of these stores, and may be asked by holds}
     {"progress": {"id": …, "bytes_total": …, "bytes_sealed": …}}        at most ten times a second a bundle
     {"sealed": {"id": …, "header": the manifest's, "size": of the tar.gz, "seal_seconds": …, "gaps": …}}
     {"failed": {"id": …, "reason": …, "retry_in": …}}                   null: not tried again before the next start
@@ -104,7 +104,7 @@ class Service:
     async def run(self) -> None:
         """Recover, say that we are ready, and serve. Returns when the agent has closed its end, or died."""
         await self._recover()
-        self._send({"ready": True})
+        self._send({"ready": True, "indexed": self._sealer.is_indexed})
         settling = self._loop.create_task(self._settle())
         unread = bytearray()
         with contextlib.suppress(ConnectionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from zonebundle.errors import StoreError
 from zonebundle.model.manifest import Piece
 from zonebundle.seal.guard import SpoolGuard
+from zonebundle.store.failure import store_errors
 from zonebundle.store.index import Index
 from zonebundle.store.reader import read_format
 from zonebundle.store.store import Store
@@ -16,6 +18,7 @@ from zonebundle.store.stores import Stores
 
 INDEX = "index.sqlite"
 SPOOL = "spool"
+_STRAYS = "strays"
 
 
 class Storage:
@@ -23,7 +26,9 @@ class Storage:
 
     def __init__(self, state_dir: Path, directories: Sequence[Path]) -> None:
         self.stores = Stores(directories, state_dir, SpoolGuard(state_dir / SPOOL, lambda: self.index))
+        self.state_dir = state_dir
         self._path = state_dir / INDEX
+        self._strays = state_dir / _STRAYS
         self._opening = threading.Lock()
         self.index: Index | None = None
 
@@ -47,10 +52,30 @@ class Storage:
         if not known:
             # Without any store nobody can tell whether the index is of this one.
             raise failure or StoreError(f"there is no store in {', '.join(map(str, self.stores.directories))}")
-        self.index = Index.open(self._path, known)
+        index = Index.open(self._path, known)
+        if index.is_fresh:
+            # The claims are gone with the old one. Not being able to note that must not keep a bundle from its seal.
+            with contextlib.suppress(StoreError):
+                self.note_strays()
+        self.index = index
+
+    @property
+    def may_have_strays(self) -> bool:
+        """Whether segments may be in the stores that nobody uses or claims, and that only a sweep would find."""
+        return self._strays.exists()
+
+    def note_strays(self) -> None:
+        """Remember that there may be such segments, also after a crash. Raises StoreError."""
+        with store_errors(f"making {self._strays}"):
+            self._strays.touch(mode=0o600)
+
+    def forget_strays(self) -> None:
+        """There are none. Raises StoreError."""
+        with store_errors(f"removing {self._strays}"):
+            self._strays.unlink(missing_ok=True)
 
     def refresh(self) -> None:
-        """If the index was made anew, tell it what the bundles hold, and remove what only the old one knew of."""
+        """If the index was made anew, tell it what the bundles hold."""
         index = self.index
         if index is None or not index.is_fresh:
             return

@@ -41,9 +41,12 @@ class Workers:
         """How many threads wait for their turn."""
         return self._turns.waiting
 
-    def submit(self, work: Callable[[int], T], *, alone: bool = False) -> Future[T]:
-        """Run `work` with its worker's number, after waiting for a turn. `alone`: while no other job runs."""
-        self._turns.take()
+    def submit(self, work: Callable[[int], T], *, alone: bool = False, last: bool = False) -> Future[T]:
+        """Run `work` with its worker's number, after waiting for a turn. `alone`: while no other job runs.
+
+        `last`: whoever else waits for a turn, or comes to, is given it before.
+        """
+        self._turns.take(last=last)
         try:
             future = self._threads.submit(self._run, work, alone)
         except BaseException:
@@ -82,31 +85,35 @@ class Workers:
 
 
 class _Turns:
-    """A semaphore that is handed on in the order of asking: threading.Semaphore lets a fast thread barge in."""
+    """A semaphore that is handed on in the order of asking: threading.Semaphore lets a fast thread barge in.
+
+    Those who asked to be last are given what nobody else waits for.
+    """
 
     def __init__(self, count: int) -> None:
         self._lock = threading.Lock()
         self._free = count
         self._waiting: deque[threading.Lock] = deque()
+        self._last: deque[threading.Lock] = deque()
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def take(self) -> None:
+    def take(self, *, last: bool = False) -> None:
         with self._lock:
             if self._free:
                 self._free -= 1
                 return
             turn = threading.Lock()
             turn.acquire()
-            self._waiting.append(turn)
+            (self._last if last else self._waiting).append(turn)
         turn.acquire()
 
     def give_back(self) -> None:
         with self._lock:
-            if self._waiting:
-                self._waiting.popleft().release()
+            if waiting := self._waiting or self._last:
+                waiting.popleft().release()
             else:
                 self._free += 1
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Protocol
 
+from zonebundle.model.identity import FileIdentity
+from zonebundle.model.manifest import Piece
 from zonebundle.model.paths import printable
 from zonebundle.model.zone import LogTree
 
@@ -61,6 +64,23 @@ class Choice:
     def without_snapshot(self) -> Choice:
         """The next best thing where the btrfs snapshot itself failed: reflinks work on every btrfs."""
         return replace(self, kind=Kind.REFLINK, group=None, subpath="") if self.kind is Kind.BTRFS else self
+
+
+class KnownFile(Protocol):
+    """A state of a file, and the pieces in the store that hold it."""
+
+    @property
+    def identity(self) -> FileIdentity: ...
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]: ...
+
+
+class KnownFiles(Protocol):
+    """What is in the store already: a hint, that is asked without waiting, and may know nothing."""
+
+    def known(self, filesystem: int, inodes: Sequence[int]) -> Mapping[int, KnownFile]:
+        """By inode, what was seen of these files of one file system; raises nothing."""
 
 
 def log_name(tree: LogTree, path: str) -> str:

@@ -11,6 +11,11 @@ from zonebundle.model.ids import parse_snapshot_name
 from zonebundle.snapshots.place import FILES
 
 
+def is_suspect(status: os.stat_result, owner: int) -> bool:
+    """Whether a file has several links and another owner than its directory: it may be another's (see Links)."""
+    return status.st_nlink > 1 and status.st_uid != owner
+
+
 class Links:
     """Tells a file that was linked into a log directory from one that was made there; `staging` is where our links are.
 

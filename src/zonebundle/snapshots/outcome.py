@@ -54,6 +54,7 @@ def _log(
         mtime_ns=placed.mtime_ns,
         inode=key[1],
         parts=placed.parts,
+        pieces=placed.pieces,
         # What grew since then is read behind: together that is another state.
         identity=identity if identity is not None and identity.size == placed.size else None,
     )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from zonebundle.model.manifest import Piece
 from zonebundle.model.record import Part
 from zonebundle.snapshots import btrfs
 
@@ -41,13 +42,14 @@ class RewrittenError(Exception):
 class Placed:
     """A log as it was staged: its size, its mtime (ns) no later than its last staged byte, and where its bytes are.
 
-    `is_link`: it is the log itself, by a second name.
+    `is_link`: it is the log itself, by a second name. `pieces`: it was not staged, because the store has it.
     """
 
     size: int
     mtime_ns: int
     parts: tuple[Part, ...]
     is_link: bool = False
+    pieces: tuple[Piece, ...] = ()
 
 
 def is_unwritten(descriptor: int) -> bool:

@@ -13,21 +13,20 @@ import errno
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from zonebundle.errors import HostError, NotRegularFileError, SnapshotError
-from zonebundle.host import syscalls
 from zonebundle.host.files import open_regular_beneath
 from zonebundle.model.identity import FileIdentity
 from zonebundle.model.record import Limits, LogFile
 from zonebundle.model.report import Gap, Outcome, Step
-from zonebundle.snapshots.base import Choice, Kind, OpenTree, log_name
+from zonebundle.snapshots.base import Choice, Kind, KnownFiles, OpenTree
 from zonebundle.snapshots.latest import Latest, Staged, Taken, names_of
 from zonebundle.snapshots.links import Links
-from zonebundle.snapshots.listing import Key, Listed, Listing, TreeListing
+from zonebundle.snapshots.listing import Key, Listed, Listing
 from zonebundle.snapshots.outcome import tell
 from zonebundle.snapshots.place import AreaFiles, Placed, RewrittenError, is_unwritten, live_parts
+from zonebundle.snapshots.tree import Tree, open_tree
 
 # Listings after the first one, until they show nothing new.
 _LISTINGS = 5
@@ -53,6 +52,7 @@ def stage(
     limits: Limits,
     living: bool,
     durable: bool,
+    known: KnownFiles | None = None,
 ) -> Iterator[LogFile | Gap | Step]:
     """Stage the logs of `trees` into the prepared `area`, whose number in the record is `number`.
 
@@ -65,10 +65,22 @@ def stage(
     directory, but not read the file, could have linked it there to have it bundled (a link needs no right to read where
     fs.protected_hardlinks is off). Our own links in other areas do not count.
 
+    `known` files are not staged at all. Nothing is known where the logs are removed afterwards: what they are known by
+    could not be compared with them any more.
+
     Blocks; run it in a thread. It looks at the clock between files and chunks and holds no lock, so it may be
     abandoned, with the descriptors of the trees. Raises SnapshotError if syncing failed, after everything was yielded.
     """
-    staging = _Staging(trees, area, number, deadline, copy_limit, limits, links_current=durable and not living)
+    staging = _Staging(
+        trees,
+        area,
+        number,
+        deadline,
+        copy_limit,
+        limits,
+        links_current=durable and not living,
+        known=None if durable else known,
+    )
     try:
         staging.run()
         yield from tell([tree.tree for tree, _ in trees], staging.taken, staging.latest, limits)
@@ -76,38 +88,6 @@ def stage(
             staging.sync()
     finally:
         staging.close()
-
-
-@dataclass(slots=True)
-class _Tree:
-    open: OpenTree
-    kind: Kind
-    listing: TreeListing
-    device: int
-    filesystem: int
-
-    def name(self, path: str = "") -> str:
-        return log_name(self.open.tree, path)
-
-    def identify(self, source: int, status: os.stat_result, placed: Placed) -> FileIdentity | None:
-        """The state of a file that was placed as a whole, from `status` before; None if it may have changed meanwhile.
-
-        Of a link the time of birth is left to the sealer, which finds it at the link.
-        """
-        if not placed.parts or placed.parts[0].start or any(part.origin == "live" for part in placed.parts):
-            return None
-        if status.st_dev != self.device or placed.size != status.st_size:
-            return None
-        born = 0
-        if not placed.is_link:
-            now = os.fstat(source)
-            if (now.st_mtime_ns, now.st_ctime_ns) != (status.st_mtime_ns, status.st_ctime_ns):
-                return None
-            born = syscalls.birth_time_ns(source)
-        identity = FileIdentity(
-            self.filesystem, status.st_ino, born, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        )
-        return identity if identity.is_settled(time.time_ns()) else None
 
 
 class _Staging:
@@ -123,10 +103,12 @@ class _Staging:
         limits: Limits,
         *,
         links_current: bool,
+        known: KnownFiles | None,
     ) -> None:
-        self._trees = [_open_tree(index, tree, choice.kind) for index, (tree, choice) in enumerate(trees)]
+        self._trees = [open_tree(index, tree, choice.kind) for index, (tree, choice) in enumerate(trees)]
         self._area = area
         self._limits = limits
+        self._known = known
         self._links_current = links_current
         self._stop = deadline
         self._end = max(deadline, time.monotonic()) + _LISTING_GRACE
@@ -163,6 +145,7 @@ class _Staging:
         """Take everything, and follow the trees until they show nothing new."""
         self.latest = self._arrange(self._list())
         order = self.latest.order
+        self._take_known(order)
         # Handing the logs over takes time as well.
         self._stop -= min(len(order) * _HAND_OVER, max(0.0, self._stop - time.monotonic()) / 2)
         self._stage_all(order)
@@ -245,11 +228,23 @@ class _Staging:
         else:
             self._stage(file, again=True)
 
+    def _take_known(self, files: Iterable[Listed]) -> None:
+        """Take the files that are in a state which the store has. Their inodes have been ours to read before."""
+        if self._known is None:
+            return
+        listed = {file.key: file for file in files if file.status is not None and file.status.st_size}
+        for number, tree in enumerate(self._trees):
+            asked = [file.status for file in listed.values() if file.tree == number and file.status is not None]
+            for status, placed in tree.find_known(self._known, asked, self._limits.file):
+                file = listed[status.st_dev, status.st_ino]
+                self._note(file, file.key, status, placed)
+
     def _stage_all(self, files: Iterable[Listed]) -> None:
         for file in files:
             if self._is_late():
                 return
-            self._stage(file)
+            if file.key not in self.taken.staged:
+                self._stage(file)
 
     def _stage(self, file: Listed, *, again: bool = False) -> None:
         """Take what is found under a file's name, be it the file that was listed or another one by now."""
@@ -273,7 +268,7 @@ class _Staging:
         finally:
             os.close(source)
 
-    def _is_empty(self, tree: _Tree, file: Listed) -> bool:
+    def _is_empty(self, tree: Tree, file: Listed) -> bool:
         """Whether a file is still as empty as it was listed. There is nothing to stage, then."""
         try:
             status = os.stat(file.path, dir_fd=tree.open.descriptor, follow_symlinks=False)
@@ -284,7 +279,7 @@ class _Staging:
         self._note(file, file.key, status, Placed(0, status.st_mtime_ns, ()))
         return True
 
-    def _take(self, tree: _Tree, file: Listed, key: Key, source: int, status: os.stat_result) -> None:
+    def _take(self, tree: Tree, file: Listed, key: Key, source: int, status: os.stat_result) -> None:
         if status.st_nlink > 1 and self._links.is_planted(tree.open.descriptor, file.path, status):
             reason = "is a hard link to a file of another owner than its directory's; such links are not followed"
             self._refuse(file, key, reason)
@@ -309,7 +304,7 @@ class _Staging:
                 self._shrunk.add(_directory_of(file))
             self._note(file, key, status, placed, tree.identify(source, status, placed))
 
-    def _place(self, tree: _Tree, file: Listed, source: int, status: os.stat_result) -> Placed:
+    def _place(self, tree: Tree, file: Listed, source: int, status: os.stat_result) -> Placed:
         if self._files is None:
             raise OSError(errno.ENOSPC, "no area")
         if tree.kind in (Kind.BTRFS, Kind.REFLINK):
@@ -332,7 +327,7 @@ class _Staging:
                     self._fall_back(tree, Kind.COPY, error)
         return self._files.copy(source, status)
 
-    def _fall_back(self, tree: _Tree, kind: Kind, error: OSError) -> None:
+    def _fall_back(self, tree: Tree, kind: Kind, error: OSError) -> None:
         detail = f"{tree.kind} does not work here ({error.strerror}), {kind} is tried"
         self.taken.steps.append(Step(tree.name(), Outcome.FAIL, detail=detail))
         tree.kind = kind
@@ -341,8 +336,10 @@ class _Staging:
         return (file.key not in self.latest.current or self._links_current) and is_unwritten(source)
 
     def _has_grown(self, source: int, placed: Placed) -> bool:
-        """Whether a log still begins with what was taken of it before."""
-        return self._files is not None and (not placed.parts or self._files.continues(source, placed.parts[-1]))
+        """Whether a log still begins with what was taken of it before; of a known one, nobody can tell that."""
+        if placed.pieces or self._files is None:
+            return False
+        return not placed.parts or self._files.continues(source, placed.parts[-1])
 
     def _note(
         self,
@@ -369,13 +366,6 @@ class _Staging:
 
     def _gap_everywhere(self, reason: str) -> None:
         self.taken.gaps.extend(Gap(tree.name(), reason) for tree in self._trees)
-
-
-def _open_tree(number: int, tree: OpenTree, kind: Kind) -> _Tree:
-    # Subvolumes below it have other devices: of their files no identity is known.
-    device = os.fstat(tree.descriptor).st_dev
-    filesystem = os.fstatvfs(tree.descriptor).f_fsid
-    return _Tree(tree, kind, TreeListing(number, tree.tree, tree.descriptor), device, filesystem)
 
 
 def _directory_of(file: Listed | Staged) -> Directory:
