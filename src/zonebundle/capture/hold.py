@@ -209,7 +209,6 @@ class Hold:
             counted = _Counted(writer, self._evidence, number)
 
             def work(deadline: float, area: Path = area, trees: list[Any] = trees, counted: _Counted = counted) -> None:
-                prepare_area(area, self._settings.installation)
                 for item in stage(
                     trees,
                     area,
@@ -220,12 +219,13 @@ class Hold:
                     living=finish.living,
                     durable=finish.durable,
                     known=self._known,
+                    prepare=partial(prepare_area, area, self._settings.installation),
                 ):
                     counted.take(item)
                 # The record will name what is staged: the names must outlast a power cut as well as the record does.
-                for directory in (area / FILES, area, area.parent):
-                    with contextlib.suppress(FileNotFoundError):
-                        # Without any log there is no directory for them.
+                # Where nothing had to be staged, there is no area.
+                if (area / FILES).exists():
+                    for directory in (area / FILES, area, area.parent):
                         sync_directory(directory)
 
             kind = ", ".join(sorted({str(choice.kind) for _, choice in trees}))

@@ -37,6 +37,7 @@ class RecordWriter:
             self.close()
             raise
         self._buffer = bytearray(b" " * (_HEADER_SPACE - 1) + b"\n")
+        self._texts = bytearray()
         self.output_bytes = 0
 
     def add(self, kind: str, value: Any) -> None:
@@ -55,10 +56,16 @@ class RecordWriter:
 
     def add_output(self, text: bytes) -> tuple[int, int]:
         """Append to the outputs file; returns (offset, length)."""
-        write_all(self._outputs, text)
+        self._texts += text
+        if len(self._texts) >= _BUFFER:
+            self._write_texts()
         offset = self.output_bytes
         self.output_bytes += len(text)
         return offset, len(text)
+
+    def _write_texts(self) -> None:
+        write_all(self._outputs, self._texts)
+        self._texts = bytearray()
 
     def commit(self, header: RecordHeader) -> None:
         """Make record and outputs durable, and the record visible. Raises OSError (a full disk)."""
@@ -67,6 +74,7 @@ class RecordWriter:
             raise ValueError(f"the record's header of {len(first)} bytes is longer than its space")
         with self._lock:
             self._write_buffer()
+            self._write_texts()
             os.pwrite(self._record, first[:-1].ljust(_HEADER_SPACE - 1) + b"\n", 0)
             os.fsync(self._outputs)
             os.fsync(self._record)

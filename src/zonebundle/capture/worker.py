@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from zonebundle.capture.hold import Hold, find_choices
 from zonebundle.capture.order import FinishOrder, HoldOrder, HoldSettings
 from zonebundle.errors import HostError, ZoneBundleError
@@ -41,7 +43,7 @@ def serve(sock: socket.socket, open_index: OpenIndex | None = None) -> None:
     send_message(sock, {"pid": os.getpid()}, (pidfd,))
     os.close(pidfd)
     with contextlib.suppress(ChannelClosed):
-        asyncio.run(_Worker(Channel(sock), open_index).serve())
+        uvloop.run(_Worker(Channel(sock), open_index).serve())
     # Not a return: a thread that hangs in the kernel must not be joined. Commands that still run are noted in the
     # spool and ended by the agent, or by the next one.
     os._exit(0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from zonebundle.errors import HostError, NotRegularFileError, SnapshotError
@@ -53,8 +53,11 @@ def stage(
     living: bool,
     durable: bool,
     known: KnownFiles | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> Iterator[LogFile | Gap | Step]:
-    """Stage the logs of `trees` into the prepared `area`, whose number in the record is `number`.
+    """Stage the logs of `trees` into `area`, whose number in the record is `number`.
+
+    The area is made by `prepare` (None: it is prepared already) when something is to be put there, which may be never.
 
     Yields the logs, newest first, then gaps and steps. `deadline` is a time.monotonic(): what is not staged by then is
     a log with one live part. `copy_limit` bounds the bytes copied of one log (older ones become a live part), `limits`
@@ -80,6 +83,7 @@ def stage(
         limits,
         links_current=durable and not living,
         known=None if durable else known,
+        prepare=prepare,
     )
     try:
         staging.run()
@@ -104,6 +108,7 @@ class _Staging:
         *,
         links_current: bool,
         known: KnownFiles | None,
+        prepare: Callable[[], None] | None,
     ) -> None:
         self._trees = [open_tree(index, tree, choice.kind) for index, (tree, choice) in enumerate(trees)]
         self._area = area
@@ -117,12 +122,11 @@ class _Staging:
         self._shrunk: set[Directory] = set()
         self._links = Links(area.parent)
         self.latest = Latest([], self.taken.staged, limits)
+        self._prepare = prepare
+        self._number = number
+        self._copy_limit = copy_limit
         self._files: AreaFiles | None = None
-        try:
-            self._files = AreaFiles(area, number, copy_limit=copy_limit, file_limit=limits.file, is_late=self._is_late)
-        except OSError as error:
-            detail = f"{area} cannot be used, logs are read behind: {error.strerror}"
-            self.taken.steps.append(Step("stage", Outcome.FAIL, detail=detail))
+        self._is_refused = False
 
     def close(self) -> None:
         if self._files is not None:
@@ -136,7 +140,7 @@ class _Staging:
                 raise SnapshotError(f"what was staged in {self._area} cannot be made durable: {error}") from None
 
     def _is_late(self) -> bool:
-        return self._files is None or time.monotonic() >= self._stop
+        return self._is_refused or time.monotonic() >= self._stop
 
     def _is_over(self) -> bool:
         return time.monotonic() >= self._end
@@ -304,12 +308,30 @@ class _Staging:
                 self._shrunk.add(_directory_of(file))
             self._note(file, key, status, placed, tree.identify(source, status, placed))
 
-    def _place(self, tree: Tree, file: Listed, source: int, status: os.stat_result) -> Placed:
+    def _open_area(self) -> AreaFiles:
         if self._files is None:
-            raise OSError(errno.ENOSPC, "no area")
+            try:
+                if self._prepare is not None:
+                    self._prepare()
+                self._files = AreaFiles(
+                    self._area,
+                    self._number,
+                    copy_limit=self._copy_limit,
+                    file_limit=self._limits.file,
+                    is_late=self._is_late,
+                )
+            except OSError as error:
+                self._is_refused = True
+                detail = f"{self._area} cannot be used, logs are read behind: {error.strerror}"
+                self.taken.steps.append(Step("stage", Outcome.FAIL, detail=detail))
+                raise OSError(errno.ENOSPC, "no area") from error
+        return self._files
+
+    def _place(self, tree: Tree, file: Listed, source: int, status: os.stat_result) -> Placed:
+        files = self._open_area()
         if tree.kind in (Kind.BTRFS, Kind.REFLINK):
             try:
-                return self._files.clone(source, status)
+                return files.clone(source, status)
             except OSError as error:
                 if error.errno in _NO_SPACE:
                     raise
@@ -318,14 +340,14 @@ class _Staging:
                     self._fall_back(tree, Kind.HARDLINK, error)
         if tree.kind is not Kind.COPY and self._may_link(file, source):
             try:
-                return self._files.link(source, status)
+                return files.link(source, status)
             except OSError as error:
                 if error.errno in _NO_SPACE:
                     raise
                 # Others are refused one by one: links of other users' files, immutable files, too many links.
                 if error.errno in _NEVER_WORKS:
                     self._fall_back(tree, Kind.COPY, error)
-        return self._files.copy(source, status)
+        return files.copy(source, status)
 
     def _fall_back(self, tree: Tree, kind: Kind, error: OSError) -> None:
         detail = f"{tree.kind} does not work here ({error.strerror}), {kind} is tried"
