@@ -10,12 +10,12 @@ from __future__ import annotations
 import array
 import asyncio
 import errno
-import json
 import os
 import socket
 from typing import Any
 
 from zonebundle.host.files import write_all
+from zonebundle.model.manifest import decode_line, encode_line
 
 _MESSAGE = 128 << 10
 _DESCRIPTORS = 4
@@ -41,7 +41,7 @@ def send_message(sock: socket.socket, message: dict[str, Any], descriptors: tupl
 
     One that is too long for the socket travels in a memory file, whose descriptor goes first.
     """
-    data = json.dumps(message, separators=(",", ":")).encode()
+    data = encode_line(message)
     if len(descriptors) > _DESCRIPTORS:
         raise ValueError(f"{len(descriptors)} descriptors do not fit into a message: at most {_DESCRIPTORS}")
     if len(data) <= _MESSAGE:
@@ -82,7 +82,7 @@ def receive_message(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
             raise OSError(errno.EMFILE, "the descriptors of a message were lost: too many are open here")
         if data == _CARRIED:
             data = _read_carrier(descriptors.pop(0))
-        message: dict[str, Any] = json.loads(data)
+        message: dict[str, Any] = decode_line(data)
     except BaseException:
         for descriptor in descriptors:
             os.close(descriptor)

@@ -18,6 +18,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
 from zonebundle.errors import FormatError
 from zonebundle.model.metadata import Cause, Metadata
 from zonebundle.model.paths import path_from_json, path_to_json
@@ -136,10 +138,20 @@ class Header:
         )
 
 
-# Made once: json.dumps makes an encoder at each call, which is a third of the time that a line of a manifest takes.
-_encode = json.JSONEncoder(separators=(",", ":")).encode
-
-
 def encode_line(data: dict[str, Any]) -> bytes:
-    """One line of a JSON Lines file: ASCII, without spaces, ended by a newline."""
-    return _encode(data).encode("ascii") + b"\n"
+    """One line of a JSON Lines file: UTF-8 without spaces, ended by a newline."""
+    # A hold writes a line for each log, a seal too: the standard library's encoder takes 15 times as long.
+    try:
+        return orjson.dumps(data, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:
+        # Text from the operating system that is no Unicode: escapes can tell of it.
+        return json.dumps(data, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def decode_line(line: bytes) -> Any:
+    """The value of such a line. Raises ValueError if it is none."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        # The escape of half a character pair, which `encode_line` may have written.
+        return json.loads(line)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from zonebundle.errors import FormatError, UsageError
 from zonebundle.host.files import remove_tree, sync_directory, write_durably
 from zonebundle.model.ids import check_bundle_id
+from zonebundle.model.manifest import decode_line
 from zonebundle.model.metadata import parse_time
 from zonebundle.model.record import OUTPUTS_FILE, RECORD_FILE, Area, LogFile, Output, Part, RecordHeader, SnapshotTree
 from zonebundle.model.report import Gap, Step
@@ -129,7 +129,7 @@ class SpoolEntry:
                 if not line.startswith((_AREA_LINE, _FOLLOWERS_LINE)):
                     continue
                 with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, UsageError):
-                    data = json.loads(line)
+                    data = decode_line(line)
                     if "area" in data:
                         area = Area(**data["area"])
                         check_bundle_id(area.leader)
@@ -178,7 +178,7 @@ class SpoolEntry:
 
     def _parse(self, number: int, line: bytes, take: Callable[[Any], T]) -> T:
         try:
-            return take(json.loads(line))
+            return take(decode_line(line))
         except FormatError:
             raise
         except Exception as error:

@@ -17,6 +17,7 @@ from zonebundle.errors import OutsideRootError
 from zonebundle.host import syscalls
 from zonebundle.host.files import Found, open_root, walk_beneath
 from zonebundle.model.identity import TRUSTED_AGE_NS, FileIdentity
+from zonebundle.model.manifest import decode_line
 from zonebundle.model.metadata import parse_time
 from zonebundle.model.paths import printable
 from zonebundle.model.quantities import format_size
@@ -263,5 +264,5 @@ def _name(found: Found, ctime_ns: int, born_ns: int) -> _Name:
 def _read_run(file: IO[bytes]) -> Iterator[_Name]:
     file.seek(0)
     for line in file:
-        newness, path, size, mode, inode, ctime_ns, born_ns = json.loads(line)
+        newness, path, size, mode, inode, ctime_ns, born_ns = decode_line(line)
         yield newness, path, size, mode, inode, ctime_ns, born_ns

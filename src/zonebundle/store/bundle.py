@@ -6,7 +6,6 @@ The directory is a bundle as long as `manifest.jsonl` is in it. Any process may 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import zlib
@@ -19,7 +18,7 @@ from blake3 import blake3
 from isal import isal_zlib
 
 from zonebundle.errors import DamagedError, NoSuchBundleError, NotFoundError
-from zonebundle.model.manifest import Entry, Header, encode_line
+from zonebundle.model.manifest import Entry, Header, decode_line, encode_line
 from zonebundle.model.paths import path_to_json, printable
 from zonebundle.store.failure import store_errors
 from zonebundle.store.objects import Segments
@@ -114,7 +113,7 @@ class StoredBundle:
 
     def _parse(self, line: bytes, number: int) -> Entry:
         try:
-            return Entry.from_json(json.loads(line))
+            return Entry.from_json(decode_line(line))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DamagedError(f"line {number} of {self.manifest} is damaged; {_RESTORE}") from None
 
@@ -172,6 +171,6 @@ def segments_in(manifest: Path) -> Iterator[str]:
 
 def _parse_header(line: bytes, directory: Path) -> Header:
     try:
-        return Header.from_json(json.loads(line))
+        return Header.from_json(decode_line(line))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedError(f"the first line of {directory / MANIFEST} is damaged; {_RESTORE}") from None

@@ -12,7 +12,6 @@ to (a match in a row of zeros may begin anywhere in it). Such a bundle still unp
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import tarfile
@@ -25,7 +24,7 @@ from blake3 import blake3
 from isal import isal_zlib
 
 from zonebundle.errors import DamagedError, FormatError
-from zonebundle.model.manifest import Entry, Header, Piece
+from zonebundle.model.manifest import Entry, Header, Piece, decode_line
 from zonebundle.model.paths import printable
 from zonebundle.store.bundle import FRAME, MANIFEST
 from zonebundle.store.frame import measure
@@ -137,7 +136,7 @@ def _compare(
 
 def _parse_header(line: bytes) -> Header:
     try:
-        header = Header.from_json(json.loads(line))
+        header = Header.from_json(decode_line(line))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedError("line 1 is no header") from None
     if not all(_is_count(number) for number in (header.gaps, header.packed, header.raw)):
@@ -148,7 +147,7 @@ def _parse_header(line: bytes) -> Header:
 def _parse_entry(line: bytes, number: int) -> tuple[Entry, int, bytes]:
     """The entry, the packed bytes of its pieces, and its tar header."""
     try:
-        entry = Entry.from_json(json.loads(line))
+        entry = Entry.from_json(decode_line(line))
         numbers = (entry.size, entry.crc32, entry.mode, entry.cut)
         if not line.endswith(b"\n") or not all(map(_is_count, numbers)) or type(entry.mtime_ns) is not int:
             raise ValueError
