@@ -206,7 +206,7 @@ def test_an_ordinary_user_and_a_store_of_root(agent: AgentProcess, ordinary_user
 @pytest.mark.parametrize("what", ["store", "state"])
 def test_a_read_only_mount(agent: AgentProcess, tmpfs_dir: Path, what: str) -> None:
     if what == "store":
-        agent.store = tmpfs_dir
+        agent.stores = [tmpfs_dir]
     else:
         shutil.rmtree(agent.state, ignore_errors=True)
         agent.state.symlink_to(tmpfs_dir)
@@ -340,7 +340,7 @@ def test_a_full_disk_under_the_state(full_disk: Path, agent: AgentProcess, tmp_p
     state = full_disk / "state"
     state.mkdir(mode=0o700)
     agent.state.symlink_to(state)
-    agent.store = tmp_path / "store"
+    agent.stores = [tmp_path / "store"]
     agent.settings = '[hold]\nbudget = "20s"\n[evidence]\ncommands = [["echo", "hello"]]\n'
     root = agent.add_zone("web", ["sh", "-c", TALKS])
     (root / "logs/app.log.1").write_bytes(b"rotated\n" * 1000)

@@ -87,7 +87,7 @@ async def test_one_who_joins_a_stop_without_a_bundle_gets_none(agent: AgentProce
 
 @pytest.mark.slow
 async def test_a_download_is_waited_for(agent: AgentProcess, tmp_path: Path) -> None:
-    agent.store = tmp_path / "disk/store"
+    agent.stores = [tmp_path / "disk/store"]
     root = agent.add_zone("web")
     (root / "logs/app.log").write_bytes(os.urandom(32 << 20))
     agent.start().start_zones()

@@ -30,13 +30,14 @@ IDLE = ("sleep", "1000000")
 class AgentProcess:
     """An agent on a configuration below `directory`; start, kill and start it again as often as needed.
 
-    `zones` maps names to the TOML lines of their tables; `settings` is more TOML, whole tables.
+    `zones` maps names to the TOML lines of their tables; `settings` is more TOML, whole tables. `stores` are the store
+    directories, one in the state directory by default.
     """
 
     directory: Path
     settings: str = ""
     zones: dict[str, str] = field(default_factory=dict)
-    store: Path | None = None
+    stores: Sequence[Path] = ()
     process: subprocess.Popen[bytes] | None = None
     crashed: list[str] = field(default_factory=list)
 
@@ -48,6 +49,10 @@ class AgentProcess:
     @property
     def state(self) -> Path:
         return self.directory / "state"
+
+    @property
+    def store_dirs(self) -> Sequence[Path]:
+        return self.stores or [self.state / "store"]
 
     @property
     def config(self) -> Path:
@@ -67,7 +72,7 @@ class AgentProcess:
     def write_config(self) -> None:
         self.config.write_text(
             f'[agent]\nstate-dir = "{self.state}"\nlisten = ["unix:{self.socket}"]\n'
-            f'[store]\ndirs = ["{self.store or self.state / "store"}"]\n{self.settings}\n'
+            f"[store]\ndirs = {json.dumps([str(one) for one in self.store_dirs])}\n{self.settings}\n"
             + "".join(f"[zones.{json.dumps(name)}]\n{table}" for name, table in self.zones.items())
         )
 
