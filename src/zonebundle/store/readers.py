@@ -10,6 +10,7 @@ import structlog
 from zonebundle.errors import NoSuchBundleError, StoreError
 from zonebundle.store.bundle import StoredBundle
 from zonebundle.store.reader import Debris, StoreReader
+from zonebundle.store.tombstones import Tombstones
 
 _log = structlog.get_logger()
 
@@ -19,6 +20,8 @@ class StoreReaders:
 
     def __init__(self, directories: Sequence[Path]) -> None:
         self.directories = tuple(directories)
+        # A directory that could not be written when a bundle was deleted still has it.
+        self._tombstones = Tombstones(self.directories) if len(self.directories) > 1 else None
 
     def _readers(self) -> Iterator[StoreReader]:
         failure: StoreError | None = None
@@ -33,8 +36,8 @@ class StoreReaders:
             raise failure
 
     def stored(self) -> Iterator[StoredBundle]:
-        """Every bundle, once, in no order. One that is damaged everywhere is left out and logged."""
-        seen: set[str] = set()
+        """Every bundle, once, in no order, but for deleted ones. One damaged everywhere is left out and logged."""
+        seen = self._tombstones.all() if self._tombstones is not None else set()
         for reader in self._readers():
             try:
                 for bundle in reader.stored():
@@ -67,6 +70,8 @@ class StoreReaders:
 
         Raises NoSuchBundleError, UsageError (no UUID), or the error of a directory that has it damaged.
         """
+        if self._tombstones is not None and self._tombstones.has(bundle_id):
+            raise NoSuchBundleError(zone, bundle_id)
         failure: StoreError | None = None
         for reader in sorted(self._readers(), key=lambda reader: avoids(reader.directory)):
             try:

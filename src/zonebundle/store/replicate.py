@@ -48,6 +48,20 @@ def copy_with(bundle: StoredBundle, target: Store, sources: Sequence[Segments]) 
         raise
 
 
+def is_whole_and_other(bundle: StoredBundle, target: Store) -> bool:
+    """Whether `target` has a bundle of that ID that is another one, and this one is whole. Raises StoreError."""
+    made = bundle.header.metadata
+    with store_errors(f"reading {bundle.directory}"), contextlib.suppress(NoSuchBundleError, FileNotFoundError):
+        there = target.find(made.zone, made.bundle_id)
+        return (
+            not has_same_bytes(there.manifest, bundle.manifest)
+            and not any(find_faults(there.directory, made.zone, made.bundle_id, on_entry=lambda _: None))
+            and not any(find_faults(bundle.directory, made.zone, made.bundle_id, on_entry=lambda _: None))
+            and all(map(bundle.segments.exists, segments_in(bundle.manifest)))
+        )
+    return False
+
+
 def fetch_segments(
     digests: Iterable[str], target: Store, owner: str, sources: Sequence[Segments], adopted: set[str]
 ) -> int:

@@ -57,6 +57,8 @@ class Store(StoreReader):
         self._lock = lock
         # Bundles of one zone share a directory, which a deletion removes when it is empty.
         self._directories = threading.Lock()
+        # What a seal, or a copy, is writing.
+        self._drafts: set[Path] = set()
         self._deleting = threading.Lock()
 
     @classmethod
@@ -186,14 +188,20 @@ class Store(StoreReader):
         return self.pruner.prune(candidates)
 
     def make_draft(self, zone: str, bundle_id: str) -> Path:
-        """A fresh directory for a bundle. Raises ConflictError if the bundle is there already, StoreError."""
+        """A fresh directory for a bundle, up to `publish` or `remove_draft`.
+
+        Raises ConflictError if the bundle is there already, or being written; StoreError.
+        """
         directory = self.bundle_directory(zone, bundle_id)
         with store_errors(f"making {directory}"), self._directories:
             if (directory / MANIFEST).exists() or (directory / DELETED).exists():
                 raise ConflictError(f"bundle {bundle_id} of '{zone}' is in store {self.directory} already")
+            if directory in self._drafts:
+                raise ConflictError(f"bundle {bundle_id} of '{zone}' is being written to store {self.directory}")
             remove_tree(directory)
             make_private_directory(directory.parent)
             make_private_directory(directory)
+            self._drafts.add(directory)
         return directory
 
     def refill_reserve(self) -> None:
@@ -214,12 +222,16 @@ class Store(StoreReader):
         with store_errors(f"committing {directory}"), self._directories:
             os.rename(directory / draft, directory / MANIFEST)
             sync_directory(directory)
+            self._drafts.discard(directory)
 
     def remove_draft(self, directory: Path) -> None:
         """Remove the directory of a bundle that was not committed."""
-        with store_errors(f"removing {directory}"):
-            remove_tree(directory)
-            self._remove_if_empty(directory.parent)
+        try:
+            with store_errors(f"removing {directory}"):
+                remove_tree(directory)
+                self._remove_if_empty(directory.parent)
+        finally:
+            self._drafts.discard(directory)
 
     def _finish_deletions(self, directories: Sequence[Path]) -> int:
         freed = 0

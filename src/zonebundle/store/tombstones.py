@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +23,7 @@ from zonebundle.store.reader import FORMAT, is_bundle_id
 
 TOMBSTONES = "tombstones"
 
+_TEMPORARY = re.compile(r"\.[0-9a-f-]{36}\.(\d+)\.tmp")
 _Found = TypeVar("_Found")
 _log = structlog.get_logger()
 
@@ -73,6 +75,16 @@ class Tombstones:
                 failure = failure or error
         if failure:
             raise failure
+
+    def tidy(self) -> None:
+        """Remove what writes that were killed have left. Only in the process that writes. Raises no error."""
+        for root in self._roots:
+            with contextlib.suppress(OSError):
+                for name in os.listdir(root / TOMBSTONES):
+                    # Durable writes name their temporary file by the thread.
+                    thread = _TEMPORARY.fullmatch(name)
+                    if thread and not os.path.exists(f"/proc/self/task/{thread[1]}"):
+                        os.unlink(root / TOMBSTONES / name)
 
     def _read(self, look: Callable[[Path], _Found]) -> list[_Found]:
         found = []
