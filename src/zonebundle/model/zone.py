@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 ZoneState = Literal["running", "stopped"]
@@ -14,6 +14,9 @@ class ProcessRef:
 
     pid: int
     start_time: int
+
+    def to_json(self) -> dict[str, int]:
+        return {"pid": self.pid, "start_time": self.start_time}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,9 @@ class Incarnation:
     init: ProcessRef | None = None
     instance: str = ""
 
+    def to_json(self) -> dict[str, Any]:
+        return {"boot_id": self.boot_id, "init": self.init and self.init.to_json(), "instance": self.instance}
+
 
 @dataclass(frozen=True, slots=True)
 class Membership:
@@ -35,6 +41,9 @@ class Membership:
     roots: tuple[ProcessRef, ...] = ()
     session: int | None = None
     cgroup: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"roots": [root.to_json() for root in self.roots], "session": self.session, "cgroup": self.cgroup}
 
 
 # In the environment of commands that a runtime runs inside a zone: by it, what they leave is told from the zone's own.
@@ -56,9 +65,17 @@ class LogTree:
     prefix: str = ""
     via: ProcessRef | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "path": self.path,
+            "patterns": list(self.patterns),
+            "prefix": self.prefix,
+            "via": self.via and self.via.to_json(),
+        }
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LogTree:
-        """The tree that `dataclasses.asdict` wrote."""
         return cls(
             source=data["source"],
             path=data["path"],
@@ -85,7 +102,17 @@ class Zone:
     directory: str = "/"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        # By hand: dataclasses.asdict copies everything deeply, for a millisecond of each hold.
+        return {
+            "name": self.name,
+            "runtime": self.runtime,
+            "state": self.state,
+            "incarnation": self.incarnation and self.incarnation.to_json(),
+            "membership": self.membership.to_json(),
+            "logs": [tree.to_json() for tree in self.logs],
+            "command_prefix": list(self.command_prefix),
+            "directory": self.directory,
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Zone:
@@ -110,7 +137,7 @@ def _process_ref(data: dict[str, Any] | None) -> ProcessRef | None:
 
 
 def incarnation_from_json(data: dict[str, Any] | None) -> Incarnation | None:
-    """The incarnation that `dataclasses.asdict` wrote."""
+    """The incarnation that `Incarnation.to_json` wrote."""
     if data is None:
         return None
     return Incarnation(data["boot_id"], _process_ref(data["init"]), data["instance"])
