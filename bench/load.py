@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import random
 import statistics
+import tarfile
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
+
+from zonebundle.host import syscalls
+from zonebundle.store.pieces import CHUNK
 
 SERVICES = 5
 ROTATED = 39
 FILES = SERVICES * (ROTATED + 1)
 # A shell and four children: five processes, as a small service has. It ends at TERM at once.
 COMMAND = ("sh", "-c", "trap 'kill $(jobs -p); exit 0' TERM; for i in 1 2 3 4; do sleep 1000000 & done; wait")
+
+# For an agent of which not the hold is measured: none is cut short, and nothing is sealed but what is asked for.
+SETTINGS = '[hold]\nbudget = "60s"\n[seal]\nahead = "0s"\n'
 
 
 def json_lines(seed: int, size: int) -> bytes:
@@ -55,6 +67,65 @@ def write_logs(directory: Path, total: int) -> None:
                     file.write(block[: min(left, len(block))])
                     left -= len(block)
     os.sync()
+
+
+@functools.cache
+def _blocks() -> list[bytes]:
+    return [json_lines(seed, CHUNK) for seed in range(16)]
+
+
+def chunk(number: int) -> bytes:
+    """CHUNK bytes of log lines, different for each number. The same lines are farther apart than a compressor sees."""
+    block = _blocks()[number % len(_blocks())]
+    at = block.index(b"\n", number * 7919 % (CHUNK // 2)) + 1
+    return (b'{"chunk":%d}\n' % number + block[at:] + block[:at])[:CHUNK]
+
+
+def write_chunks(directory: Path, count: int, size: int) -> None:
+    """`count` rotated logs of `size` bytes, none with a chunk of another; clean and in the page cache."""
+    directory.mkdir(parents=True, exist_ok=True)
+    each = -(-size // CHUNK)
+    for number in range(count):
+        with (directory / f"service.log.{number + 1}").open("wb") as file:
+            for position in range(each):
+                file.write(chunk(number * each + position)[: size - position * CHUNK])
+    os.sync()
+
+
+@contextlib.contextmanager
+def work_directory() -> Iterator[Path]:
+    """A directory that goes at the end."""
+    with tempfile.TemporaryDirectory(prefix="zb-bench-") as work:
+        yield Path(work)
+
+
+@contextlib.contextmanager
+def without_sync() -> Iterator[None]:
+    """Nothing that this process writes is made durable: to make a store quickly, or to see what that costs."""
+    with (
+        mock.patch.object(os, "fsync", lambda descriptor: None),
+        mock.patch.object(os, "fdatasync", lambda descriptor: None),
+        mock.patch.object(syscalls, "syncfs", lambda descriptor: None),
+    ):
+        yield
+
+
+def file_sizes(directory: Path) -> dict[Path, int]:
+    """The size in bytes of every file below."""
+    return {
+        Path(top, name): os.lstat(os.path.join(top, name)).st_size
+        for top, _, names in os.walk(directory)
+        for name in names
+    }
+
+
+def one_lock_gzip(files: list[Path]) -> float:
+    """Seconds to bundle files as Omicron does: one thread, tar with gzip's best level."""
+    begin = time.monotonic()
+    with tempfile.TemporaryFile() as file, tarfile.open(fileobj=file, mode="w:gz", compresslevel=9) as archive:
+        for path in files:
+            archive.add(path, path.name)
+    return time.monotonic() - begin
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from zonebundle.host import trace
 from zonebundle.host.files import sync_directory, write_all
 from zonebundle.model.manifest import encode_line
-from zonebundle.model.record import OUTPUTS_FILE, RECORD_FILE, RecordHeader
+from zonebundle.model.record import OUTPUTS_FILE, RECORD_FILE, RecordHeader, record_digest
 
 # The header is written last, over this many spaces: its times are known only then, its size must be known before.
 _HEADER_SPACE = 2048
@@ -38,6 +40,8 @@ class RecordWriter:
             raise
         self._buffer = bytearray(b" " * (_HEADER_SPACE - 1) + b"\n")
         self._texts = bytearray()
+        self._lines_digest, self._outputs_digest = blake3(), blake3()
+        self._written = 0
         self.output_bytes = 0
 
     def add(self, kind: str, value: Any) -> None:
@@ -51,6 +55,8 @@ class RecordWriter:
                 self._write_buffer()
 
     def _write_buffer(self) -> None:
+        self._lines_digest.update(memoryview(self._buffer)[0 if self._written else _HEADER_SPACE :])
+        self._written += len(self._buffer)
         write_all(self._record, self._buffer)
         self._buffer = bytearray()
 
@@ -64,17 +70,19 @@ class RecordWriter:
         return offset, len(text)
 
     def _write_texts(self) -> None:
+        self._outputs_digest.update(self._texts)
         write_all(self._outputs, self._texts)
         self._texts = bytearray()
 
     def commit(self, header: RecordHeader) -> None:
         """Make record and outputs durable, and the record visible. Raises OSError (a full disk)."""
-        first = encode_line(header.to_json())
-        if len(first) > _HEADER_SPACE:
-            raise ValueError(f"the record's header of {len(first)} bytes is longer than its space")
         with self._lock:
             self._write_buffer()
             self._write_texts()
+            digest = record_digest(header, self._lines_digest.digest(), self._outputs_digest.digest())
+            first = encode_line(header.to_json() | {"digest": digest})
+            if len(first) > _HEADER_SPACE:
+                raise ValueError(f"the record's header of {len(first)} bytes is longer than its space")
             os.pwrite(self._record, first[:-1].ljust(_HEADER_SPACE - 1) + b"\n", 0)
             os.fsync(self._outputs)
             os.fsync(self._record)

@@ -3,7 +3,7 @@
 intent.json is written before the zone is touched. capture.jsonl is the record, JSON Lines, durable before the zone is
 released; its first line is the header, then one object a line, told apart by its only key:
 
-    {"record": 1, …}        the header
+    {"record": 1, …}        the header, and in it the digest of record and outputs (see record_digest)
     {"step": {…}}           see model.report
     {"gap": {…}}
     {"output": {…}}         a byte range of the spool's outputs file that becomes an entry
@@ -18,9 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from blake3 import blake3
+
 from zonebundle.errors import FormatError
 from zonebundle.model.identity import FileIdentity
-from zonebundle.model.manifest import Piece
+from zonebundle.model.manifest import Piece, encode_line
 from zonebundle.model.metadata import Cause, Metadata
 from zonebundle.model.paths import path_from_json, path_to_json
 from zonebundle.model.zone import Zone
@@ -256,6 +258,14 @@ class RecordHeader:
             limits=Limits(*data["limits"]),
             remove=data["remove"],
         )
+
+
+def record_digest(header: RecordHeader, lines: bytes, outputs: bytes) -> str:
+    """What the header's line has as `digest`: it tells whether anything of an entry has changed on the disk since.
+
+    `lines` and `outputs` are the BLAKE3 digests of the record's further lines and of the outputs file.
+    """
+    return blake3(lines + outputs + encode_line(header.to_json())).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from blake3 import blake3
+
 from zonebundle.errors import FormatError, UsageError
 from zonebundle.host.files import remove_tree, sync_directory, write_durably
 from zonebundle.model.ids import check_bundle_id
 from zonebundle.model.manifest import decode_line
 from zonebundle.model.metadata import parse_time
-from zonebundle.model.record import OUTPUTS_FILE, RECORD_FILE, Area, LogFile, Output, Part, RecordHeader, SnapshotTree
+from zonebundle.model.record import (
+    OUTPUTS_FILE,
+    RECORD_FILE,
+    Area,
+    LogFile,
+    Output,
+    Part,
+    RecordHeader,
+    SnapshotTree,
+    record_digest,
+)
 from zonebundle.model.report import Gap, Step
 from zonebundle.seal.report import Gaps
 from zonebundle.store.bundle import segments_in
@@ -28,6 +40,7 @@ _SEALED_MARK = "sealed"
 _REMOVED = ".{}.removed"
 # A line holds two paths of at most 4 KiB each, escaped, and the parts of one file, or a step's or gap's text.
 _LONGEST_LINE = 4 << 20
+_BLOCK = 1 << 20
 _SIZE = re.compile(rb'"size": ?(\d+)')
 _FIRST = re.compile(rb'"parts": ?\[\[(\d+)')
 _FILE_LINE = b'{"file":'
@@ -38,7 +51,10 @@ _STAGED_NAME = re.compile(r"files/\d+")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The capture record but for its log files, which are streamed. `bytes` is what the staged logs come to, about."""
+    """The capture record but for its log files, which are streamed. `bytes` is what the staged logs come to, about.
+
+    `is_intact`: neither it nor the outputs have changed on the disk since they were written.
+    """
 
     header: RecordHeader
     steps: tuple[Step, ...]
@@ -47,6 +63,7 @@ class Record:
     areas: tuple[Area, ...]
     trees: tuple[SnapshotTree, ...]
     bytes: int
+    is_intact: bool
 
 
 class Uses(NamedTuple):
@@ -92,13 +109,29 @@ class SpoolEntry:
             "followers": lambda _: None,
         }
         total = 0
+        digest = blake3()
         for number, line in self._lines():
+            if number > 1:
+                digest.update(line)
             if line.startswith(_FILE_LINE):
                 # Parsed when its turn comes; here it would only cost time.
                 total += _kept_bytes(line)
             elif number > 1:
                 self._parse(number, line, lambda data: [takes[kind](value) for kind, value in data.items()])
-        return Record(header, tuple(steps), gaps, tuple(outputs), tuple(areas), tuple(trees), total)
+        is_intact = self._is_intact(header, digest.digest())
+        if not is_intact:
+            # Better a bundle in doubt than none; what it tells is checked at each step.
+            gaps.add(Gap("capture record", f"{self.path} has changed on the disk since it was written"))
+        return Record(header, tuple(steps), gaps, tuple(outputs), tuple(areas), tuple(trees), total, is_intact)
+
+    def _is_intact(self, header: RecordHeader, lines: bytes) -> bool:
+        outputs = blake3()
+        with contextlib.suppress(FileNotFoundError), (self.path / OUTPUTS_FILE).open("rb") as file:
+            while block := file.read(_BLOCK):
+                outputs.update(block)
+        with (self.path / RECORD_FILE).open("rb") as file:
+            noted = decode_line(file.readline(_LONGEST_LINE)).get("digest")
+        return bool(noted == record_digest(header, lines, outputs.digest()))
 
     def read_header(self) -> RecordHeader:
         """The record's first line. Raises FormatError if it is damaged, OSError."""

@@ -17,6 +17,7 @@ from zonebundle.errors import (
     FullError,
     NoSuchBundleError,
     NotFoundError,
+    SealCanceledError,
     SealError,
     SnapshotError,
     StoreError,
@@ -27,16 +28,17 @@ from zonebundle.host.files import sync_directory
 from zonebundle.model.identity import TRUSTED_AGE_NS, FileIdentity
 from zonebundle.model.manifest import Header
 from zonebundle.model.metadata import Metadata, parse_time
-from zonebundle.model.paths import path_to_json, printable
+from zonebundle.model.paths import path_to_json
 from zonebundle.model.quantities import format_size
-from zonebundle.model.record import RECORD_FILE, Area, Output
-from zonebundle.model.report import Gap, Outcome, Step
+from zonebundle.model.record import RECORD_FILE, Area
+from zonebundle.model.report import Outcome, Step
 from zonebundle.model.zone import ProcessRef
 from zonebundle.seal.areas import OpenAreas
 from zonebundle.seal.compress import Compression
 from zonebundle.seal.entry import Record, SpoolEntry, remove_leftovers
 from zonebundle.seal.known import Known
 from zonebundle.seal.marks import CrashMarks, were_left
+from zonebundle.seal.outputs import add_outputs
 from zonebundle.seal.plan import Plan, PlannedLog, plan
 from zonebundle.seal.release import Releaser
 from zonebundle.seal.report import describe, report_json, trace_json
@@ -47,9 +49,6 @@ from zonebundle.store.bundle import StoredBundle
 from zonebundle.store.draft import BundleDraft
 from zonebundle.store.store import Store
 
-# The names of entries that are ours: an output of that name would hide them.
-_RESERVED = frozenset({"metadata.toml", "report.json", "trace.json", "manifest.jsonl", "logs"})
-_BLOCK = 1 << 20
 # In seconds: the stamps of a file may be this much coarser than its changes, and a little more.
 _SETTLED = TRUSTED_AGE_NS / 1e9 + 0.005
 # A bundle for which there was no space so often is cut: before, a deletion or a clean-up may be on its way.
@@ -152,8 +151,21 @@ class Sealer:
                 self._storage.stores.give_up(store, error)
 
     def _make(self, store: Store, entry: SpoolEntry, progress: Progress, canceled: threading.Event) -> None:
-        """Record → plan → segments → bundle → commit."""
         record = entry.read_record()
+        try:
+            self._make_bundle(store, entry, record, progress, canceled)
+        except (SealError, OSError) as error:
+            if record.is_intact or isinstance(error, SealCanceledError):
+                raise
+            raise FormatError(
+                f"{entry.path} has changed on the disk since it was written, and cannot be sealed: {describe(error)}; "
+                "restore it, or delete the bundle"
+            ) from error
+
+    def _make_bundle(
+        self, store: Store, entry: SpoolEntry, record: Record, progress: Progress, canceled: threading.Event
+    ) -> None:
+        """Record → plan → segments → bundle → commit."""
         header = record.header
         created = parse_time(header.metadata.time_created)
         steps = [*record.steps]
@@ -168,7 +180,7 @@ class Sealer:
                 step(f"{len(record.trees)} trees walked in snapshots, about {format_size(planned.bytes)}")
             trace.point("seal.planned")
             draft.add_bytes(b"metadata.toml", header.metadata.to_toml())
-            self._add_outputs(draft, entry, record)
+            add_outputs(draft, entry, record)
             known = Known(self._storage.index, store.segments, entry.bundle_id)
             work = Compression(
                 areas,
@@ -202,19 +214,6 @@ class Sealer:
         age = self._clock.now() - (entry.path / RECORD_FILE).stat().st_mtime
         if 0 <= age < _SETTLED:
             time.sleep(_SETTLED - age)
-
-    def _add_outputs(self, draft: BundleDraft, entry: SpoolEntry, record: Record) -> None:
-        if not record.outputs:
-            return
-        descriptor = entry.open_outputs()
-        try:
-            for output in record.outputs:
-                if _is_own_name(output.name):
-                    draft.add_bytes(output.name.encode(), _read_output(descriptor, output, record))
-                else:
-                    record.gaps.add(Gap(repr(output.name), "an output cannot have this name; it is left out"))
-        finally:
-            os.close(descriptor)
 
     @contextlib.contextmanager
     def _step(self, steps: list[Step], name: str, created: float) -> Iterator[Callable[[str], None]]:
@@ -366,23 +365,6 @@ def _is_in_state(identity: FileIdentity, status: os.stat_result) -> bool:
 
 def _is_same_content(before: os.stat_result, after: os.stat_result) -> bool:
     return (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
-
-
-def _is_own_name(name: str) -> bool:
-    parts = name.split("/")
-    return {"", ".", ".."}.isdisjoint(parts) and "\0" not in name and parts[0] not in _RESERVED
-
-
-def _read_output(descriptor: int, output: Output, record: Record) -> bytes:
-    data = bytearray()
-    while len(data) < output.length:
-        block = os.pread(descriptor, min(_BLOCK, output.length - len(data)), output.offset + len(data))
-        if not block:
-            missing = output.length - len(data)
-            record.gaps.add(Gap(printable(output.name), f"its last {missing} bytes are missing in the spool"))
-            break
-        data += block
-    return bytes(data)
 
 
 def _origin(planned: PlannedLog) -> dict[str, Any]:
