@@ -132,7 +132,8 @@ class Stores:
         """As `all`, but raises StoreError with every reason if there is none."""
         stores = self.all()
         if not stores:
-            raise StoreError("; ".join(self.failures.values()) or "there is no store directory")
+            drained = [f"{directory} is being drained" for directory in self.directories if self.is_drained(directory)]
+            raise StoreError("; ".join([*self.failures.values(), *drained]) or "there is no store directory")
         return stores
 
     def give_up(self, store: Store, error: StoreError) -> None:
