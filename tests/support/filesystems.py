@@ -53,7 +53,7 @@ def mounted(kind: str, below: Path, size: int = IMAGE_BYTES, options: str = "") 
     point.mkdir()
     try:
         if kind == "tmpfs":
-            _mount(kind, ["-t", "tmpfs", "-o", f"size={TMPFS_BYTES},mode=0700", "tmpfs", str(point)])
+            _mount(kind, ["-t", "tmpfs", "-o", f"size={min(size, TMPFS_BYTES)},mode=0700", "tmpfs", str(point)])
         else:
             _mount_image(kind, below / f"{kind}.img", point, size, options)
         try:

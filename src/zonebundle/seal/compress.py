@@ -48,6 +48,8 @@ class Segments(Protocol):
 
     def zero_piece(self, times: int, owner: str) -> Piece: ...
 
+    def flush(self) -> None: ...
+
 
 def cut(start: int, end: int, next_data: Callable[[int], int]) -> Iterator[tuple[int, int, int]]:
     """Where a log that is not packed is cut: (offset, length, times), at multiples of CHUNK from the file's begin.
@@ -233,6 +235,9 @@ class Compression:
             yield self._leave()
 
     def _leave(self) -> tuple[PlannedLog, list[Piece]]:
+        if self._may_cut:
+            # What has left is kept, whatever does not fit later.
+            self._segments.flush()
         log = self._logs.popleft()
         if not log.is_known:
             self._known.note(log.identity, log.pieces)

@@ -197,6 +197,10 @@ class Sealer:
             with self._step(steps, "logs", created) as step:
                 step(_add_logs(draft, planned, work))
             if work.is_cut:
+                # What did not fit must not keep the rest from being committed.
+                with contextlib.suppress(StoreError):
+                    store.segments.flush()
+                store.segments.release_missing(entry.bundle_id)
                 store.spend_reserve()
             draft.add_bytes(b"report.json", report_json(header, steps, record.gaps))
             draft.add_bytes(b"trace.json", trace_json(header, steps))
@@ -207,6 +211,7 @@ class Sealer:
                 committed=known.keep,
             )
             if work.is_cut:
+                store.sweep()
                 store.refill_reserve()
 
     def _let_settle(self, entry: SpoolEntry) -> None:

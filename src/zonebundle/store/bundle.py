@@ -163,7 +163,12 @@ def segments_in(manifest: Path) -> Iterator[str]:
 
     It searches instead of parsing: 10,000 bundles have to be looked through before a segment is removed.
     """
-    with manifest.open("rb") as file:
+    try:
+        file = manifest.open("rb")
+    except IsADirectoryError:
+        # Debris, which must not keep a clean-up, or its own deletion, from being done.
+        return
+    with file:
         for line in file:
             for digest in _SEGMENT.findall(line):
                 yield digest.decode("ascii")

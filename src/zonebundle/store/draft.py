@@ -193,9 +193,7 @@ class BundleDraft:
         with contextlib.suppress(StoreError):
             self._store.segments.flush()
         candidates = self._store.segments.release(self._owner)
-        with store_errors(f"removing {self._directory}"), contextlib.suppress(FileNotFoundError):
-            # It is there if only the last fsync of the commit failed.
-            os.unlink(self._directory / MANIFEST)
+        self._store.unpublish(self._directory)
         self._store.remove_draft(self._directory)
         self._store.remove_unreferenced(candidates)
 

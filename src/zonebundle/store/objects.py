@@ -100,6 +100,8 @@ class SegmentStore(Segments):
         self._committing: dict[str, str] | None = None
         self._pending_bytes = 0
         self._unsynced: set[str] = set()
+        # Temporary files that could not be removed.
+        self._left: set[str] = set()
         # Work is numbered: a flush waits until what was numbered before it is durable.
         self._sequence = 0
         self._durable = 0
@@ -144,7 +146,11 @@ class SegmentStore(Segments):
             if not self._is_whole(digest, len(data)):
                 self._write(digest, data)
         except OSError as error:
+            self.release_missing(owner)
             raise explain(f"writing a segment of {len(data)} bytes below {self._root}", error) from error
+        with self._condition:
+            # Another thread may have failed with the same one.
+            self._leases.setdefault(owner, set()).add(digest)
         if self._pending_bytes >= _UNWRITTEN:
             self.flush()
 
@@ -200,6 +206,12 @@ class SegmentStore(Segments):
         with self._condition:
             digests = list(self._leases.get(owner, ()))
         return [digest for digest in digests if not self.exists(digest)]
+
+    def release_missing(self, owner: str) -> None:
+        """End the leases of `owner` on segments that are neither there nor put: nobody has kept them."""
+        with self._condition:
+            held = self._leases.get(owner, set())
+            held -= {digest for digest in held if not self._is_put(digest) and not self.exists(digest)}
 
     def set_aside(self, candidates: Iterable[str], chosen: Callable[[frozenset[str]], Iterable[str]]) -> set[str]:
         """Move to `pruned/` those of `candidates` that have no lease and that `chosen` returns; returns the moved ones.
@@ -293,7 +305,7 @@ class SegmentStore(Segments):
                 os.close(descriptor)
             trace.point("seal.segment-written")
         except BaseException:
-            _forget(temporary)
+            self._forget(temporary)
             raise
         with self._condition:
             # Two threads may have had the same content; one copy is enough.
@@ -302,6 +314,19 @@ class SegmentStore(Segments):
                 self._pending_bytes += len(data)
                 return
         os.unlink(temporary)
+
+    def tidy(self) -> None:
+        """Try once more to remove what failed writes have left. What still cannot go is the next writer's."""
+        for temporary in list(self._left):
+            self._forget(temporary)
+
+    def _forget(self, temporary: str) -> None:
+        # The error that led here is the one to tell.
+        self._left.add(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if not os.path.lexists(temporary):
+            self._left.discard(temporary)
 
     def _is_put(self, digest: str) -> bool:
         return digest in self._pending or (self._committing is not None and digest in self._committing)
@@ -320,7 +345,7 @@ class SegmentStore(Segments):
             # Never tried again: after a failed write-out the kernel takes the lost pages for clean.
             failure = error
             for temporary in batch.values():
-                _forget(temporary)
+                self._forget(temporary)
             if not isinstance(error, OSError):
                 raise
         finally:
@@ -371,9 +396,3 @@ def _sync_data(path: str) -> None:
         os.fdatasync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _forget(temporary: str) -> None:
-    # What cannot be unlinked now is removed by the next writer; the error that led here is the one to tell.
-    with contextlib.suppress(OSError):
-        os.unlink(temporary)

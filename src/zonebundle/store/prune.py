@@ -57,6 +57,8 @@ class Pruner:
         self._lock = threading.Lock()
         # What was set aside, and the holds that may have been told of it.
         self._waiting: list[tuple[frozenset[str], set[str]]] = []
+        # A removal failed, and has perhaps set something aside before.
+        self._has_failed = False
 
     def recover(self) -> None:
         """Take over what an earlier writer had set aside."""
@@ -68,14 +70,18 @@ class Pruner:
     @property
     def is_waiting(self) -> bool:
         """Whether something is aside, and `finish` has to be called again."""
-        return bool(self._waiting)
+        return self._has_failed or bool(self._waiting)
 
     def prune(self, candidates: Iterable[str]) -> int:
         """Remove those of `candidates` that nobody uses; returns the bytes that were freed now.
 
         Raises StoreError, OSError; what was removed till then stays removed.
         """
-        moved = self._segments.set_aside(candidates, self._choose)
+        try:
+            moved = self._segments.set_aside(candidates, self._choose)
+        except BaseException:
+            self._has_failed = True
+            raise
         trace.point("prune.moved")
         if moved:
             with self._lock:
@@ -95,6 +101,9 @@ class Pruner:
         freed = 0
         with self._lock:
             holds = self._guard.open_holds()
+            if self._has_failed:
+                self._waiting.append((holds, set(self._segments.aside())))
+                self._has_failed = False
             for batch in list(self._waiting):
                 told, digests = batch
                 if told & holds:

@@ -16,7 +16,7 @@ from blake3 import blake3
 from zonebundle.errors import DamagedError, NoSuchBundleError, StoreError
 from zonebundle.host import trace
 from zonebundle.host.files import sync_directory, write_all
-from zonebundle.store.bundle import FRAME, MANIFEST, StoredBundle, segments_in
+from zonebundle.store.bundle import FRAME, StoredBundle, segments_in
 from zonebundle.store.check_bundle import find_faults
 from zonebundle.store.failure import explain, store_errors
 from zonebundle.store.objects import Segments
@@ -184,9 +184,7 @@ def _abandon(target: Store, draft: Path, owner: str, adopted: set[str]) -> None:
     with contextlib.suppress(StoreError):
         target.segments.flush()
     target.segments.release(owner)
-    with store_errors(f"removing {draft}"), contextlib.suppress(FileNotFoundError):
-        # It is there if only the last fsync of the commit failed.
-        os.unlink(draft / MANIFEST)
+    target.unpublish(draft)
     target.remove_draft(draft)
     target.remove_unreferenced(adopted)
 

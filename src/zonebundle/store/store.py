@@ -30,7 +30,7 @@ from zonebundle.host.files import (
     write_durably,
 )
 from zonebundle.model.ids import decode_zone_name
-from zonebundle.store.bundle import DELETED, MANIFEST, segments_in
+from zonebundle.store.bundle import DELETED, MANIFEST, StoredBundle, segments_in
 from zonebundle.store.failure import store_errors
 from zonebundle.store.objects import SegmentStore
 from zonebundle.store.prune import Guard, NobodyElse, Pruner
@@ -59,6 +59,8 @@ class Store(StoreReader):
         self._directories = threading.Lock()
         # What a seal, or a copy, is writing.
         self._drafts: set[Path] = set()
+        # Bundles that are visible, and would perhaps not be after a power cut.
+        self._unsure: set[Path] = set()
         self._deleting = threading.Lock()
 
     @classmethod
@@ -116,27 +118,38 @@ class Store(StoreReader):
         self.close()
 
     def recover(self) -> int:
-        """Remove drafts that were not committed and finish deletions; returns how many there were.
+        """Remove drafts that were left and finish deletions; returns how many there were.
 
-        Only with no draft of this process open. Segments of drafts stay, for the next try to seal the bundle; `sweep`
-        removes them when there is nothing left to seal.
+        Segments of drafts stay, for the next try to seal the bundle; `sweep` removes them when there is nothing left to
+        seal.
         """
         with store_errors(f"cleaning up {self.directory}"):
             remove_temporaries(self.directory)
+        self.segments.tidy()
         found = 0
         deleted = []
         for directory in list(self.directories()):
             if (directory / DELETED).exists():
                 deleted.append(directory)
+                found += 1
             elif not (directory / MANIFEST).exists():
-                self.remove_draft(directory)
-            else:
-                continue
-            found += 1
-        self._finish_deletions(deleted)
+                found += self._remove_left(directory)
+        if deleted:
+            with self._deleting:
+                self._finish_deletions([directory for directory in deleted if (directory / DELETED).exists()])
         for zone in self.zones():
             self._remove_if_empty(zone)
         return found
+
+    def _remove_left(self, directory: Path) -> bool:
+        with store_errors(f"removing {directory}"), self._directories:
+            if directory in self._drafts or (directory / MANIFEST).exists() or (directory / DELETED).exists():
+                return False
+            if directory.is_symlink() or not directory.is_dir():
+                # Not ours, whatever it is.
+                return False
+            remove_tree(directory)
+            return True
 
     def delete(self, zone: str, bundle_id: str) -> int:
         """Remove a committed bundle, and finish a removal that failed before; returns the bytes freed.
@@ -179,6 +192,8 @@ class Store(StoreReader):
         What a crash leaves without a reference goes this way. Run it with nothing left to seal: a segment that was
         put and not flushed is not looked at, one of a bundle to be sealed again would have to be made again.
         """
+        # What a failure left: the next start may be far.
+        self.recover()
         with store_errors(f"listing the segments of {self.directory}"):
             candidates = list(self.segments.digests())
         return self.remove_unreferenced(candidates)
@@ -221,8 +236,32 @@ class Store(StoreReader):
         # A deletion that saw the manifest waits until it is durable, and does not take the directory away meanwhile.
         with store_errors(f"committing {directory}"), self._directories:
             os.rename(directory / draft, directory / MANIFEST)
+            self._unsure.add(directory)
             sync_directory(directory)
+            self._unsure.discard(directory)
             self._drafts.discard(directory)
+
+    def unpublish(self, directory: Path) -> None:
+        """Undo a `publish` of which only the last fsync failed, if there was one.
+
+        Raises StoreError; then the bundle is whole and visible, and `find` looks whether it is durable.
+        """
+        try:
+            with store_errors(f"removing {directory}"), contextlib.suppress(FileNotFoundError):
+                os.unlink(directory / MANIFEST)
+            self._unsure.discard(directory)
+        except StoreError:
+            self._drafts.discard(directory)
+            raise
+
+    def find(self, zone: str, bundle_id: str) -> StoredBundle:
+        """As of any reader. It is durable; raises StoreError if that cannot be said."""
+        bundle = super().find(zone, bundle_id)
+        if bundle.directory in self._unsure:
+            with store_errors(f"making {bundle.directory} durable"):
+                sync_directory(bundle.directory)
+            self._unsure.discard(bundle.directory)
+        return bundle
 
     def remove_draft(self, directory: Path) -> None:
         """Remove the directory of a bundle that was not committed."""
@@ -241,7 +280,7 @@ class Store(StoreReader):
         for directory in directories:
             with store_errors(f"deleting {directory}"):
                 for file in _files(directory):
-                    if file.name != DELETED:
+                    if file.name != DELETED and not file.is_dir(follow_symlinks=False):
                         freed += os.stat(file.path).st_size
                         os.unlink(file.path)
                 candidates.update(segments_in(directory / DELETED))
@@ -266,7 +305,7 @@ class Store(StoreReader):
             with store_errors(f"reading {directory / MANIFEST}"):
                 try:
                     used.update(digest for digest in segments_in(directory / MANIFEST) if digest in digests)
-                except FileNotFoundError:
+                except (FileNotFoundError, NotADirectoryError):
                     # Drafts protect their segments by leases.
                     continue
         return used
