@@ -194,11 +194,11 @@ def test_an_ordinary_user_and_a_store_of_root(agent: AgentProcess, ordinary_user
     closed = Path(ordinary_user.home, "closed")
     closed.mkdir(mode=0o755)
     with AgentProcess(ordinary_user.home) as theirs:
-        theirs.store = closed
+        theirs.stores = [closed]
         Path(theirs.socket.parent).chmod(0o777)
         line = start_refused(theirs, cwd=ordinary_user.home, **ordinary_user.popen_arguments)
         assert f"the store {closed} cannot be written" in line and "[store] dirs" in line
-        theirs.store = closed / "store"
+        theirs.stores = [closed / "store"]
         line = start_refused(theirs, cwd=ordinary_user.home, **ordinary_user.popen_arguments)
         assert f"the store {closed / 'store'} cannot be written" in line
 

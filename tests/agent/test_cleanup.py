@@ -35,7 +35,10 @@ class FakeSealer:
     async def ask(self, do: str, **arguments: Any) -> Any:
         if do == "utilization":
             return {DIR: {"dataset_quota": 1000, "bytes_available": 1, "bytes_used": 300}}
+        if do == "plan_clean_up":
+            return self.removed
         assert do == "clean_up"
+        assert arguments.pop("among") == sorted(bundle_id for _, bundle_id in self.removed)
         self.running += 1
         assert self.running == 1, "two clean-ups at a time"
         self.asked.append(arguments)
@@ -53,9 +56,18 @@ class FakeBundles:
         self.pins: set[str] = set()
         self.forgotten: list[str] = []
         self.comparisons = 0
+        self.condemned: set[str] = set()
 
     def pinned(self) -> set[str]:
         return self.pins
+
+    def condemn(self, bundle_ids: Iterable[str]) -> set[str]:
+        self.condemned = set(bundle_ids)
+        return set(self.condemned)
+
+    def reprieve(self, bundle_ids: Iterable[str]) -> None:
+        assert set(bundle_ids) == self.condemned
+        self.condemned = set()
 
     def forget(self, bundle_ids: Iterable[str]) -> None:
         self.forgotten += bundle_ids

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import structlog
 
+from zonebundle.agent.ahead import Ahead
 from zonebundle.agent.bundles import Bundles
 from zonebundle.agent.catalogue import BundleEntry, BundleState, Catalogue
 from zonebundle.agent.cleanup import Cleanup
@@ -86,6 +87,13 @@ class Agent:
                 spool=str(self._spool.path),
                 staging=lambda: [*self._state.staging, *self._config.staging.values()],
             )
+            self._ahead = Ahead(
+                self._config.seal.ahead,
+                self._runtimes,
+                lambda lists: [(self.with_archives(zone), is_stopping) for zone, is_stopping in self._name(lists)],
+                self._link,
+                self._settings.limits.file,
+            )
             await self._workers.start()
             await self.bundles.load()
             recovery = Recovery(self._spool, self._state, self.installation, self._threads)
@@ -97,6 +105,7 @@ class Agent:
                 self._link.seal(bundle_id)
             await self.cleanup.start()
             await self._warm_up()
+            self._ahead.start()
             self._resuming = [asyncio.create_task(self._resume(intent)) for intent in interrupted]
             self._resuming += [asyncio.create_task(self._finish_removal(intent)) for intent in recovery.unremoved]
         except OSError as error:
@@ -114,6 +123,8 @@ class Agent:
         if hasattr(self, "drains"):
             await self.cleanup.close()
             await self.drains.close()
+        if hasattr(self, "_ahead"):
+            await self._ahead.close()
         if hasattr(self, "_link"):
             await self._link.close()
         await self._workers.close()
@@ -160,18 +171,25 @@ class Agent:
 
         A runtime that is not there is logged and costs only its own zones; raises RuntimeUnavailableError if none is.
         """
-        found: dict[str, Zone] = {}
         answers = await asyncio.gather(*(runtime.list() for runtime in self._runtimes), return_exceptions=True)
         missing = [answer for answer in answers if isinstance(answer, RuntimeUnavailableError)]
         if len(missing) == len(answers):
             raise missing[0]
+        lists = []
         for runtime, answer in zip(self._runtimes, answers, strict=True):
             if isinstance(answer, RuntimeUnavailableError):
                 _log.warning("zones of a runtime cannot be listed", runtime=runtime.name, reason=str(answer))
                 continue
             if isinstance(answer, BaseException):
                 raise answer
-            for zone in answer:
+            lists.append(answer)
+        return self._name(lists)
+
+    def _name(self, lists: Sequence[Sequence[Zone]]) -> list[tuple[Zone, bool]]:
+        """The zones of all runtimes by the names that they have here, sorted; and whether each is being stopped."""
+        found: dict[str, Zone] = {}
+        for zones in lists:
+            for zone in zones:
                 # Two runtimes with one name: the later is `<runtime>:<name>`.
                 name = zone.name if zone.name not in found else f"{zone.runtime}:{zone.name}"
                 found[name] = replace(zone, name=name)

@@ -149,6 +149,18 @@ class Bundles:
         """The bundles that a clean-up leaves alone: those that are read, and those that are not sealed yet."""
         return {*self._readers, *(one.metadata.bundle_id for one in self._catalogue.all() if one.is_on_its_way)}
 
+    def condemn(self, bundle_ids: Iterable[str]) -> set[str]:
+        """Unlist bundles that are about to be removed; returns those that nobody reads."""
+        free = {bundle_id for bundle_id in bundle_ids if bundle_id not in self._readers}
+        for bundle_id in free:
+            self._catalogue.hide(bundle_id)
+        return free
+
+    def reprieve(self, bundle_ids: Iterable[str]) -> None:
+        """List bundles again that were not removed after all, or not all of them."""
+        for bundle_id in bundle_ids:
+            self._catalogue.show(bundle_id)
+
     def forget(self, bundle_ids: Iterable[str]) -> None:
         """Unlist bundles that are not in the store any more."""
         for bundle_id in bundle_ids:

@@ -36,6 +36,10 @@ class Listing(Protocol):
 
     def pinned(self) -> Collection[str]: ...
 
+    def condemn(self, bundle_ids: Iterable[str]) -> set[str]: ...
+
+    def reprieve(self, bundle_ids: Iterable[str]) -> None: ...
+
     def forget(self, bundle_ids: Iterable[str]) -> None: ...
 
     async def compare_with_store(self) -> None: ...
@@ -146,17 +150,23 @@ class Cleanup:
 
     async def _clean_up(self) -> dict[str, Any]:
         sealer = self._sealer.pid
+        condemned: set[str] = set()
+        arguments = {
+            "storage_limit": self._context.storage_limit,
+            "priority": list(self._context.priority),
+            "pinned": sorted(self._bundles.pinned()),
+        }
         try:
-            told = await self._sealer.ask(
-                "clean_up",
-                storage_limit=self._context.storage_limit,
-                priority=list(self._context.priority),
-                pinned=sorted(self._bundles.pinned()),
-            )
+            planned = await self._sealer.ask("plan_clean_up", **arguments)
+            # A download that begins from here on does not find them; one that has begun keeps them.
+            condemned = self._bundles.condemn(bundle_id for _, bundle_id in planned)
+            told = await self._sealer.ask("clean_up", **arguments, among=sorted(condemned))
         except ZoneBundleError as error:
             _log.error("clean-up failed; it is tried again in the next period", reason=str(error))
             await self._bundles.compare_with_store()
             raise
+        finally:
+            self._bundles.reprieve(condemned)
         self._bundles.forget(bundle_id for _, bundle_id in told["removed"])
         if self._sealer.pid != sealer:
             # The sealer that died had perhaps begun; the one that finished does not know what it had removed.

@@ -47,6 +47,8 @@ POINTS: Final = (
     "replicate.committed",
     "repair.segment-replaced",
     "repair.bundle-copied",
+    "ahead.read",
+    "ahead.added",
 )
 
 _name, _, _count = os.environ.get(CRASH_AT, "").partition(":")

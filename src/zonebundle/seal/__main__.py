@@ -16,6 +16,7 @@ import structlog
 from zonebundle.host import proc, syscalls
 from zonebundle.host.priority import lower_priority
 from zonebundle.model.record import Area
+from zonebundle.seal.ahead import Ahead
 from zonebundle.seal.sealer import Sealer
 from zonebundle.seal.service import Service
 from zonebundle.seal.storage import SPOOL, Storage
@@ -72,15 +73,17 @@ async def _serve(options: argparse.Namespace) -> None:
         destroy_area(area, installation, unlinked)
 
     storage = Storage(options.state, options.store)
+    workers = Workers(options.workers or len(os.sched_getaffinity(0)))
+    agent = proc.identify(options.agent)
     sealer = Sealer(
         options.state / SPOOL,
         storage,
         destroy,
-        Workers(options.workers or len(os.sched_getaffinity(0))),
-        agent=proc.identify(options.agent),
+        workers,
+        agent=agent,
     )
     reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=options.fd))
-    upkeep = Upkeep(options.state / SPOOL, storage, options.quota)
+    upkeep = Upkeep(options.state / SPOOL, storage, Ahead(storage, workers, agent=agent), options.quota)
     await Service(sealer, upkeep, reader, writer).run()
     # Threads may be in the middle of anything; every state is one that the next sealer can go on from.
     os._exit(0)

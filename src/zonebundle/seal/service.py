@@ -60,7 +60,7 @@ _LAST_RETRY = 60.0
 _SETTLE_PAUSE = 5.0
 _BLOCK = 64 << 10
 
-ASKED = frozenset({"utilization", "clean_up", "uses", "drain", "undrain", "repair", "prune"})
+ASKED = frozenset({"utilization", "plan_clean_up", "clean_up", "uses", "drain", "undrain", "repair", "prune", "ahead"})
 """The methods of Upkeep that the agent may ask for. Each may be repeated, and runs beside everything else."""
 # A clean-up or a repair may take long, or hang with a disk: what a drain asks meanwhile is answered all the same.
 _ASKS_AT_ONCE = 8
@@ -97,6 +97,8 @@ class Service:
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._jobs: dict[str, _Job] = {}
         self._asks = ThreadPoolExecutor(_ASKS_AT_ONCE, thread_name_prefix="ask")
+        # It may hang with a zone's file system for good: one thread for that, one to say that it is busy.
+        self._ahead = ThreadPoolExecutor(2, thread_name_prefix="ahead")
         self._is_catching_up = False
         self._deleting: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -115,6 +117,7 @@ class Service:
                 for line in lines:
                     self._take(json.loads(line))
         settling.cancel()
+        self._upkeep.stop()
 
     async def _recover(self) -> None:
         try:
@@ -247,7 +250,8 @@ class Service:
         try:
             if do not in ASKED:
                 raise UsageError(f"'{do}' is nothing that a sealer of this version does")
-            result = await self._in_thread(self._asks, lambda: getattr(self._upkeep, do)(**arguments))
+            threads = self._ahead if do == "ahead" else self._asks
+            result = await self._in_thread(threads, lambda: getattr(self._upkeep, do)(**arguments))
             self._send({"answer": {"request": request, "result": result}})
         except Exception as error:
             self._send({"answer": {"request": request, **_told_error(error, do)}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from array import array
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from zonebundle.errors import StoreError
 from zonebundle.model.ids import decode_zone_name
 from zonebundle.model.metadata import Cause, parse_time
 from zonebundle.model.record import LIVE, RECORD_FILE
-from zonebundle.model.retention import Candidate, plan_removals
+from zonebundle.model.retention import Candidate, Plan, plan_removals
+from zonebundle.seal.ahead import Ahead
 from zonebundle.seal.entry import SpoolEntry
 from zonebundle.seal.storage import Storage
 from zonebundle.store.bundle import MANIFEST, load_bundle, segments_in
@@ -29,45 +31,77 @@ _log = structlog.get_logger()
 
 # Sealing ahead begins again when so much of the limit is free: or it would fill what the next clean-up has to empty.
 _ROOM_FOR_AHEAD = 0.9
+_FIRST_PAUSE = 5.0
+_LAST_PAUSE = 60.0
 
 
 class Upkeep:
     """Keeps the stores of one spool in order. Methods block, and may be called from any thread."""
 
-    def __init__(self, spool: Path, storage: Storage, quota: int | None = None) -> None:
+    def __init__(self, spool: Path, storage: Storage, ahead: Ahead, quota: int | None = None) -> None:
         """`quota`: bytes that a store directory may use, instead of what applies to it on disk."""
         self._spool = spool
         self._storage = storage
+        self._ahead = ahead
         self._quota = quota
         self._cleaning = threading.Lock()
         self._catching_up = threading.Lock()
-        self._up_to_date: frozenset[Path] = frozenset()
+        self._up_to_date: frozenset[tuple[Path, int]] = frozenset()
+        # What could not be done is tried again, later and later.
+        self._pause = _FIRST_PAUSE
+        self._not_before = 0.0
         self.has_room_for_ahead = True
 
     def utilization(self) -> dict[str, dict[str, int]]:
         """Omicron's three numbers of every directory that can be had. Raises StoreError if there is none."""
-        stores = self._storage.usable()
         with self._storage.stores.working():
+            stores = self._storage.usable()
             return {str(store.directory): usage(store.directory, self._quota).to_json() for store in stores}
 
-    def clean_up(self, storage_limit: int, priority: Sequence[str], pinned: Collection[str]) -> dict[str, Any]:
+    def plan_clean_up(self, storage_limit: int, priority: Sequence[str], pinned: Collection[str]) -> list[list[str]]:
+        """The bundles, [zone, bundle ID] each, that `clean_up` would remove now."""
+        with self._cleaning, self._storage.stores.working():
+            stores = self._storage.usable()
+            doomed: list[list[str]] = []
+            for store in stores:
+                used = usage(store.directory, self._quota)
+                limit = used.dataset_quota * storage_limit // 100
+                if used.bytes_used > limit:
+                    stock = _Stock(store)
+                    plan = self._plan(stock, used.bytes_used, limit, priority, {*pinned, *self._spooled()})
+                    doomed += ([removal.zone, removal.bundle_id] for removal in plan.removals)
+            return doomed
+
+    def clean_up(
+        self,
+        storage_limit: int,
+        priority: Sequence[str],
+        pinned: Collection[str],
+        among: Collection[str] | None = None,
+    ) -> dict[str, Any]:
         """Remove what is of lowest priority until no directory uses more than `storage_limit` percent of its quota.
 
-        `pinned` bundles (IDs), and those that are still in the spool, stay. A bundle is removed from every directory.
-        Returns {"dirs": {directory: {"bundles": n, "bytes": n}}, "removed": [[zone, bundle ID]]}. Raises StoreError.
+        `pinned` bundles (IDs), and those that are still in the spool, stay; only those of `among` go, if it is given:
+        nobody may begin to read them meanwhile. A bundle is removed from every directory. Returns
+        {"dirs": {directory: {"bundles": n, "bytes": n}}, "removed": [[zone, bundle ID]]}. Raises StoreError.
         """
         dirs: dict[str, dict[str, int]] = {}
         removed: list[tuple[str, str]] = []
-        stores = self._storage.usable()
         with self._cleaning, self._storage.stores.working():
+            stores = self._storage.usable()
             for store in stores:
-                gone, freed = self._clean_up(store, storage_limit, priority, {*pinned, *self._spooled()})
+                gone, freed = self._clean_up(store, storage_limit, priority, {*pinned, *self._spooled()}, among)
                 removed += gone
                 dirs[str(store.directory)] = {"bundles": len(gone), "bytes": freed}
         return {"dirs": dirs, "removed": [list(bundle) for bundle in removed]}
 
     def _clean_up(
-        self, store: Store, percent: int, priority: Sequence[str], pinned: Collection[str]
+        self,
+        store: Store,
+        percent: int,
+        priority: Sequence[str],
+        pinned: set[str],
+        among: Collection[str] | None,
     ) -> tuple[list[tuple[str, str]], int]:
         before = usage(store.directory, self._quota)
         limit = before.dataset_quota * percent // 100
@@ -78,11 +112,10 @@ class Upkeep:
         store.sweep()
         stock = _Stock(store)
         used = usage(store.directory, self._quota).bytes_used
+        if among is not None:
+            pinned |= {candidate.bundle_id for candidate in stock.candidates} - set(among)
+        plan = self._plan(stock, used, limit, priority, pinned)
         index = self._storage.index
-        claimed = index.claimed_segments() if index is not None else ()
-        plan = plan_removals(
-            stock.candidates, stock.sizes(), stock.unused(claimed), used, limit, tuple(priority), pinned
-        )
         for removal in plan.removals:
             _log.info("the clean-up removes a bundle", zone=removal.zone, bundle=removal.bundle_id, why=removal.reason)
         doomed = [(removal.zone, removal.bundle_id) for removal in plan.removals]
@@ -94,14 +127,18 @@ class Upkeep:
         freed = before.bytes_used - usage(store.directory, self._quota).bytes_used
         return doomed, max(0, freed)
 
+    def _plan(self, stock: _Stock, used: int, limit: int, priority: Sequence[str], pinned: Collection[str]) -> Plan:
+        index = self._storage.index
+        unused = stock.unused(index.claimed_segments() if index is not None else ())
+        return plan_removals(stock.candidates, stock.sizes(), unused, used, limit, tuple(priority), pinned)
+
     def _spooled(self) -> set[str]:
         return {name for name in os.listdir(self._spool) if is_bundle_id(name)}
 
     def prune(self) -> int:
         """Remove every segment that nobody uses; returns the bytes freed. Raises StoreError."""
-        stores = self._storage.usable()
         with self._storage.stores.working():
-            return sum(store.sweep() for store in stores)
+            return sum(store.sweep() for store in self._storage.usable())
 
     def repair(self) -> dict[str, Any]:
         """Bring every directory that can be had up to date: what one lacks is copied, what was deleted is deleted."""
@@ -112,9 +149,12 @@ class Upkeep:
 
     def catch_up(self) -> None:
         """What has to be done once: build a new index; bring directories that have come, or come back, up to date."""
-        there = frozenset(store.directory for store in self._storage.usable())
-        if there <= self._up_to_date or not self._catching_up.acquire(blocking=False):
+        self._storage.usable()
+        there = self._storage.stores.attendance()
+        if there <= self._up_to_date or time.monotonic() < self._not_before:
             self._up_to_date &= there
+            return
+        if not self._catching_up.acquire(blocking=False):
             return
         try:
             with self._storage.stores.working():
@@ -124,7 +164,20 @@ class Upkeep:
             self._catching_up.release()
         if copied or deleted or problems:
             _log.info("store directories were brought up to date", copied=copied, deleted=deleted, problems=problems)
-        self._up_to_date = there
+        if problems:
+            self._not_before = time.monotonic() + self._pause
+            self._pause = min(self._pause * 2, _LAST_PAUSE)
+        else:
+            self._up_to_date = there
+            self._pause = _FIRST_PAUSE
+
+    def ahead(self, zones: Sequence[dict[str, Any]], complete: bool, largest: int) -> dict[str, Any]:
+        """Seal the rotated logs of zones that run, unless what is sealed fills the store already (see Ahead.run)."""
+        return self._ahead.run(zones, complete, largest, lambda: self.has_room_for_ahead)
+
+    def stop(self) -> None:
+        """End what would go on for long."""
+        self._ahead.stop()
 
     def drain(self, path: str) -> None:
         """Begin nothing any more that would use a store directory at or below `path`."""
@@ -137,6 +190,8 @@ class Upkeep:
     def uses(self, path: str) -> list[str]:
         """What of ours uses `path` now, a line each: bundles whose logs are still to be read there, and stores."""
         found = [f"a store directory below {path}"] if self._storage.stores.is_in_use(path) else []
+        if self._ahead.reads(path):
+            found.append(f"rotated logs below {path}, which are sealed ahead")
         for name in sorted(self._spooled()):
             entry = SpoolEntry(self._spool, name)
             if entry.is_recorded():
@@ -160,10 +215,11 @@ class _Stock:
     def _candidate(self, directory: Path) -> Candidate | None:
         try:
             segments = array("L", sorted({self._number(digest) for digest in segments_in(directory / MANIFEST)}))
-            own = sum(entry.stat().st_blocks * 512 for entry in os.scandir(directory))
+            with os.scandir(directory) as files:
+                own = sum(file.stat().st_blocks * 512 for file in files)
             created = os.stat(directory).st_mtime
-        except FileNotFoundError:
-            # A draft, or deleted meanwhile.
+        except (FileNotFoundError, NotADirectoryError):
+            # A draft, deleted meanwhile, or nothing of ours.
             return None
         zone, cause = decode_zone_name(directory.parent.name), Cause.OTHER
         try:

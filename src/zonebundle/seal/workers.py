@@ -98,7 +98,7 @@ class _Turns:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._last)
 
     def take(self, *, last: bool = False) -> None:
         with self._lock:
