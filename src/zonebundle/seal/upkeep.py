@@ -59,7 +59,7 @@ class Upkeep:
             return {str(store.directory): usage(store.directory, self._quota).to_json() for store in stores}
 
     def plan_clean_up(self, storage_limit: int, priority: Sequence[str], pinned: Collection[str]) -> list[list[str]]:
-        """The bundles, [zone, bundle ID] each, that `clean_up` would remove now."""
+        """The bundles, [zone, bundle ID] each, that `clean_up` would remove now. Raises StoreError."""
         with self._cleaning, self._storage.stores.working():
             stores = self._storage.usable()
             doomed: list[list[str]] = []
@@ -68,7 +68,7 @@ class Upkeep:
                 limit = used.dataset_quota * storage_limit // 100
                 if used.bytes_used > limit:
                     stock = _Stock(store)
-                    plan = self._plan(stock, used.bytes_used, limit, priority, {*pinned, *self._spooled()})
+                    plan = self._plan(stock, used.bytes_used, limit, priority, pinned)
                     doomed += ([removal.zone, removal.bundle_id] for removal in plan.removals)
             return doomed
 
@@ -90,7 +90,7 @@ class Upkeep:
         with self._cleaning, self._storage.stores.working():
             stores = self._storage.usable()
             for store in stores:
-                gone, freed = self._clean_up(store, storage_limit, priority, {*pinned, *self._spooled()}, among)
+                gone, freed = self._clean_up(store, storage_limit, priority, set(pinned), among)
                 removed += gone
                 dirs[str(store.directory)] = {"bundles": len(gone), "bytes": freed}
         return {"dirs": dirs, "removed": [list(bundle) for bundle in removed]}
@@ -130,7 +130,9 @@ class Upkeep:
     def _plan(self, stock: _Stock, used: int, limit: int, priority: Sequence[str], pinned: Collection[str]) -> Plan:
         index = self._storage.index
         unused = stock.unused(index.claimed_segments() if index is not None else ())
-        return plan_removals(stock.candidates, stock.sizes(), unused, used, limit, tuple(priority), pinned)
+        # After the stock was taken: a bundle in it may have been sealed a moment ago, and not be through.
+        kept = {*pinned, *self._spooled()}
+        return plan_removals(stock.candidates, stock.sizes(), unused, used, limit, tuple(priority), kept)
 
     def _spooled(self) -> set[str]:
         return {name for name in os.listdir(self._spool) if is_bundle_id(name)}

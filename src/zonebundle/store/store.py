@@ -137,6 +137,8 @@ class Store(StoreReader):
         if deleted:
             with self._deleting:
                 self._finish_deletions([directory for directory in deleted if (directory / DELETED).exists()])
+        if self.pruner.is_waiting:
+            self.pruner.finish()
         for zone in self.zones():
             self._remove_if_empty(zone)
         return found
