@@ -16,7 +16,7 @@ from blake3 import blake3
 from zonebundle.errors import DamagedError, NoSuchBundleError, StoreError
 from zonebundle.host import trace
 from zonebundle.host.files import sync_directory, write_all
-from zonebundle.store.bundle import FRAME, StoredBundle, segments_in
+from zonebundle.store.bundle import FRAME, MANIFEST, StoredBundle, segments_in
 from zonebundle.store.check_bundle import find_faults
 from zonebundle.store.failure import explain, store_errors
 from zonebundle.store.objects import Segments
@@ -45,6 +45,9 @@ def copy_with(bundle: StoredBundle, target: Store, sources: Sequence[Segments]) 
         # Whatever was missing then is no damage.
         if not bundle.manifest.exists():
             raise _gone(bundle) from error
+        if isinstance(error, DamagedError):
+            # A manifest that is damaged leads to segments that never were: it is to be named, not those.
+            _check_files(bundle, bundle.directory, MANIFEST)
         raise
 
 
@@ -173,9 +176,13 @@ def _copy(bundle: StoredBundle, target: Store, sources: Sequence[Segments]) -> i
 
 def _check_copy(bundle: StoredBundle, draft: Path) -> None:
     """Look at what was written and not at the source: whatever happened to the bytes on the way is in it."""
+    _check_files(bundle, draft, _MANIFEST_DRAFT)
+
+
+def _check_files(bundle: StoredBundle, directory: Path, manifest: str) -> None:
     made = bundle.header.metadata
-    with store_errors(f"reading {draft}"):
-        for fault in find_faults(draft, made.zone, made.bundle_id, manifest=_MANIFEST_DRAFT, on_entry=lambda _: None):
+    with store_errors(f"reading {directory}"):
+        for fault in find_faults(directory, made.zone, made.bundle_id, manifest=manifest, on_entry=lambda _: None):
             raise DamagedError(f"{bundle.directory / fault.name} {fault.what}; restore the bundle from a copy")
 
 
