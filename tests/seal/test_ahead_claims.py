@@ -248,14 +248,14 @@ def test_the_index_is_deleted_while_segments_wait(host: Host) -> None:
 def test_a_bundle_in_the_spool_keeps_strays(host: Host) -> None:
     fill(host.add())
     host.run()
-    host.storage.note_strays()
+    host.storage.strays.make()
     waiting = host.at.spool / str(uuid.uuid4())
     waiting.mkdir()
     host.run()
-    assert host.storage.may_have_strays
+    assert host.storage.strays.is_there
     waiting.rmdir()
     host.run()
-    assert not host.storage.may_have_strays
+    assert not host.storage.strays.is_there
 
 
 @pytest.mark.parametrize("is_used", [True, False])

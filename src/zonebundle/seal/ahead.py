@@ -134,7 +134,7 @@ class Ahead:
             if index is None or index.is_broken or index.is_fresh:
                 # Nobody would find the segments, or those that are there are not known yet.
                 return {"ended": "the index is not ready"}
-            had_strays, self._has_noted_strays = self._storage.may_have_strays, False
+            had_strays, self._has_noted_strays = self._storage.strays.is_there, False
             self._runs += 1
             if self._runs % _RUNS_TO_LOOK_AGAIN == 0:
                 self._look_again()
@@ -243,7 +243,7 @@ class Ahead:
     def _note_strays(self) -> None:
         """Before the first change of a run: were it interrupted, segments would be left that nobody knows of."""
         if not self._has_noted_strays:
-            self._storage.note_strays()
+            self._storage.strays.make()
             self._has_noted_strays = True
 
     def _remove(self, segments: set[str]) -> int:
@@ -267,5 +267,5 @@ class Ahead:
                 return 0
             freed = sum(store.sweep() for store in self._storage.stores.all())
         if had_strays or self._has_noted_strays:
-            self._storage.forget_strays()
+            self._storage.strays.remove()
         return freed

@@ -92,7 +92,6 @@ class Sealer:
         self._agent = agent
         self._clock = clock or SystemClock()
         self._releaser = Releaser(spool, lambda area: destroy(area, self._renewer(area)))
-        self._has_interrupted = False
         # How often there was no space for a bundle.
         self._full: Counter[str] = Counter()
 
@@ -303,15 +302,16 @@ class Sealer:
 
     def _note_interruption(self, entry: SpoolEntry) -> None:
         # Its segments have no lease any more, and may not be those of the next attempt.
-        self._has_interrupted |= were_left(entry.path)
+        if were_left(entry.path):
+            self._storage.interrupted.make()
 
     def sweep(self) -> None:
         """Remove the segments that an interrupted seal left and no bundle uses. Only with nothing left to seal."""
-        if self._has_interrupted:
+        if self._storage.interrupted.is_there:
             with self._storage.stores.working():
                 for store in self._storage.usable():
                     store.sweep()
-            self._has_interrupted = False
+            self._storage.interrupted.remove()
 
     def recover(self) -> None:
         """Finish removals that an earlier sealer had begun, in spool and stores. Raises StoreError, OSError."""

@@ -19,6 +19,28 @@ from zonebundle.store.stores import Stores
 INDEX = "index.sqlite"
 SPOOL = "spool"
 _STRAYS = "strays"
+_INTERRUPTED = "interrupted"
+
+
+class Note:
+    """Something to be remembered over crashes: a file that is there, or not."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @property
+    def is_there(self) -> bool:
+        return self._path.exists()
+
+    def make(self) -> None:
+        """Remember it. Raises StoreError."""
+        with store_errors(f"making {self._path}"):
+            self._path.touch(mode=0o600)
+
+    def remove(self) -> None:
+        """Forget it. Raises StoreError."""
+        with store_errors(f"removing {self._path}"):
+            self._path.unlink(missing_ok=True)
 
 
 class Storage:
@@ -28,7 +50,10 @@ class Storage:
         self.stores = Stores(directories, state_dir, SpoolGuard(state_dir / SPOOL, lambda: self.index))
         self.state_dir = state_dir
         self._path = state_dir / INDEX
-        self._strays = state_dir / _STRAYS
+        # Segments may be in the stores that nobody uses or claims, and that only a sweep would find: of what was sealed
+        # ahead, to be swept when all is claimed again that can be; of interrupted seals, when nothing is to be sealed.
+        self.strays = Note(state_dir / _STRAYS)
+        self.interrupted = Note(state_dir / _INTERRUPTED)
         self._opening = threading.Lock()
         self.index: Index | None = None
 
@@ -56,23 +81,8 @@ class Storage:
         if index.is_fresh:
             # The claims are gone with the old one. Not being able to note that must not keep a bundle from its seal.
             with contextlib.suppress(StoreError):
-                self.note_strays()
+                self.strays.make()
         self.index = index
-
-    @property
-    def may_have_strays(self) -> bool:
-        """Whether segments may be in the stores that nobody uses or claims, and that only a sweep would find."""
-        return self._strays.exists()
-
-    def note_strays(self) -> None:
-        """Remember that there may be such segments, also after a crash. Raises StoreError."""
-        with store_errors(f"making {self._strays}"):
-            self._strays.touch(mode=0o600)
-
-    def forget_strays(self) -> None:
-        """There are none. Raises StoreError."""
-        with store_errors(f"removing {self._strays}"):
-            self._strays.unlink(missing_ok=True)
 
     def refresh(self) -> None:
         """If the index was made anew, tell it what the bundles hold."""
