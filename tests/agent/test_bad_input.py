@@ -95,6 +95,7 @@ def test_requests_that_are_wrong(agent: AgentProcess) -> None:
     assert "Traceback" not in agent.log.read_text()
 
 
+@pytest.mark.slow
 def test_bytes_that_are_no_request_cost_nobody_else_anything(agent: AgentProcess) -> None:
     agent.start()
     for garbage in (
@@ -112,6 +113,7 @@ def test_bytes_that_are_no_request_cost_nobody_else_anything(agent: AgentProcess
     assert "Traceback" not in agent.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_bad_configuration(agent: AgentProcess) -> None:
     agent.settings = '[hold]\nbudgt = "2s"\n'
     line = start_refused(agent, 2)
@@ -139,6 +141,7 @@ def test_no_configuration(agent: AgentProcess) -> None:
     assert str(missing) in line
 
 
+@pytest.mark.slow
 def test_an_occupied_socket(agent: AgentProcess, tmp_path: Path) -> None:
     agent.add_zone("web")
     agent.start().start_zones()
@@ -153,6 +156,7 @@ def test_an_occupied_socket(agent: AgentProcess, tmp_path: Path) -> None:
     assert agent.stop_zone("web")["gaps"] == 0
 
 
+@pytest.mark.slow
 def test_a_state_directory_of_another_agent(agent: AgentProcess, tmp_path: Path) -> None:
     agent.add_zone("web")
     agent.start().start_zones()
@@ -165,6 +169,7 @@ def test_a_state_directory_of_another_agent(agent: AgentProcess, tmp_path: Path)
     assert agent.stop_zone("web")["gaps"] == 0
 
 
+@pytest.mark.slow
 def test_the_socket_of_a_killed_agent_is_taken_over(agent: AgentProcess) -> None:
     agent.start()
     agent.kill()
@@ -175,6 +180,7 @@ def test_the_socket_of_a_killed_agent_is_taken_over(agent: AgentProcess) -> None
     assert not agent.socket.exists()
 
 
+@pytest.mark.slow
 def test_a_file_in_the_place_of_the_socket(agent: AgentProcess) -> None:
     agent.socket.write_text("precious")
     line = start_refused(agent)
@@ -203,6 +209,7 @@ def test_an_ordinary_user_and_a_store_of_root(agent: AgentProcess, ordinary_user
         assert f"the store {closed / 'store'} cannot be written" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["store", "state"])
 def test_a_read_only_mount(agent: AgentProcess, tmpfs_dir: Path, what: str) -> None:
     if what == "store":
@@ -234,6 +241,7 @@ def test_a_store_of_a_newer_format(agent: AgentProcess) -> None:
     agent.zones.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [
@@ -256,6 +264,7 @@ def test_a_damaged_state_file(agent: AgentProcess, content: bytes) -> None:
     assert (agent.state / "state.json").read_bytes() == content
 
 
+@pytest.mark.slow
 def test_garbage_in_the_spool_costs_only_itself(agent: AgentProcess) -> None:
     spool = agent.state / "spool"
     spool.mkdir(mode=0o700, parents=True)

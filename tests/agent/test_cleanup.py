@@ -290,6 +290,7 @@ async def test_a_context_that_cannot_be_written_does_not_count(made: Made) -> No
     assert made.sealer.asked == []
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     data=st.one_of(

@@ -30,6 +30,7 @@ def check_bundle(agent: AgentProcess, told: dict[str, object], zone: str, mark: 
     assert contents["logs/zone/logs/app.log"] == b"kept all the same\n"
 
 
+@pytest.mark.slow
 def test_commands_of_a_process_zone(agent: AgentProcess) -> None:
     mark = f"{os.getpid()}1"
     agent.settings = settings(mark, agent.directory)
@@ -39,6 +40,7 @@ def test_commands_of_a_process_zone(agent: AgentProcess) -> None:
     check_bundle(agent, agent.stop_zone("web"), "web", mark)
 
 
+@pytest.mark.slow
 def test_output_of_a_command_is_an_entry(agent: AgentProcess) -> None:
     agent.settings = '[evidence]\ncommands = [["echo", "hello", "zone"], ["false"], ["no-such-program-here"]]\n'
     agent.add_zone("web")

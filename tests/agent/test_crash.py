@@ -107,6 +107,7 @@ def test_killed_on_btrfs(agent: AgentProcess, btrfs_dir: Path, point: str) -> No
     assert "zb-" not in listed.stdout
 
 
+@pytest.mark.slow
 def test_a_zone_that_runs_again_is_not_stopped_by_recovery(agent: AgentProcess) -> None:
     root = agent.add_zone("web", ["sh", "-c", TALKS])
     crash_during_stop(agent, "stop.terminated")

@@ -53,11 +53,23 @@ class Made:
         self.sealer = FakeSealer()
         self.downloads: dict[str, list[str]] = {}
         self.staging: list[str] = []
+        self.given_up: list[str] = []
         for name in ("spool", "disk/web/logs", "disk2/db/logs"):
             (directory / name).mkdir(parents=True)
         self.drains = Drains(
-            self.sealer, self.downloads.items, spool=str(directory / "spool"), staging=lambda: self.staging
+            self.sealer,
+            self.downloads.items,
+            self,
+            spool=str(directory / "spool"),
+            staging=lambda: self.staging,
         )
+
+    def give_up(self, path: str) -> None:
+        self.given_up.append(path)
+
+    def take_back(self, path: str) -> None:
+        if path in self.given_up:
+            self.given_up.remove(path)
 
     @property
     def disk(self) -> str:

@@ -63,6 +63,7 @@ def bundle_of(told: dict[str, object]) -> str:
     return str(bundle["id"]["bundle_id"])
 
 
+@pytest.mark.slow
 def test_a_graceful_stop_leaves_a_complete_bundle(agent: AgentProcess, container: RuncBundle) -> None:
     rotated = os.urandom(300_000)
     (container.rootfs / "var/log/app.log.1").write_bytes(rotated)
@@ -96,6 +97,7 @@ def test_a_graceful_stop_leaves_a_complete_bundle(agent: AgentProcess, container
     assert (again["state"], again["bundle"]) == ("stopped", None)
 
 
+@pytest.mark.slow
 def test_one_that_ignores_term_is_killed_after_the_grace(agent: AgentProcess, runc_bundle: MakeBundle) -> None:
     stubborn = runc_bundle("sh", "-c", STUBBORN)
     agent.settings = settings(stubborn.state_dir)
@@ -131,6 +133,7 @@ async def test_ten_at_once(agent: AgentProcess, runc_bundle: MakeBundle) -> None
         assert "ptree" in contents
 
 
+@pytest.mark.slow
 def test_logs_in_a_bind_mount(agent: AgentProcess, runc_bundle: MakeBundle, tmp_path: Path) -> None:
     source = tmp_path / "kept logs"
     source.mkdir()
@@ -149,6 +152,7 @@ def test_logs_in_a_bind_mount(agent: AgentProcess, runc_bundle: MakeBundle, tmp_
     assert "logs/zone/var/log/hidden.log" not in contents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remove", [False, True])
 def test_logs_in_a_tmpfs_that_goes_with_the_container(
     agent: AgentProcess, runc_bundle: MakeBundle, remove: bool
@@ -168,6 +172,7 @@ def test_logs_in_a_tmpfs_that_goes_with_the_container(
     assert lines(contents["logs/zone/var/log/app.log.1"]) == [str(number) for number in range(1, 100_001)]
 
 
+@pytest.mark.slow
 def test_stop_with_removal(agent: AgentProcess, container: RuncBundle) -> None:
     (container.rootfs / "var/log/app.log.1").write_bytes(b"rotated\n" * 1000)
     pid = run(container)
@@ -243,6 +248,7 @@ def test_commands_inside_that_misbehave(agent: AgentProcess, runc_bundle: MakeBu
         assert "yes" not in container.exec("ps")
 
 
+@pytest.mark.slow
 def test_a_command_sees_the_inside(agent: AgentProcess, container: RuncBundle) -> None:
     agent.settings = settings(
         container.state_dir, 'commands = [["hostname"], ["ps"], ["false"], ["no-such-program-here"]]'
@@ -354,6 +360,7 @@ def test_a_new_container_of_the_same_name_is_left_alone_by_recovery(agent: Agent
     assert lines(agent.contents(container.id, bundle_id)[APP_LOG])[:2] == LOGS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ['"process", "oci"', '"oci", "process"'])
 def test_without_runc_process_zones_go_on_working(agent: AgentProcess, tmp_path: Path, order: str) -> None:
     agent.settings = settings(tmp_path / "runc", command="no-such-runc", enabled=order)
@@ -376,6 +383,7 @@ def test_without_runc_process_zones_go_on_working(agent: AgentProcess, tmp_path:
     assert agent.contents("web", bundle_of(stopped))["logs/zone/logs/app.log"] == b"kept\n"
 
 
+@pytest.mark.slow
 def test_runc_alone_and_missing_is_told(agent: AgentProcess, tmp_path: Path) -> None:
     agent.settings = settings(tmp_path / "runc", command="no-such-runc")
     agent.start()
@@ -384,6 +392,7 @@ def test_runc_alone_and_missing_is_told(agent: AgentProcess, tmp_path: Path) -> 
     assert "no-such-runc" in answer.json()["message"]
 
 
+@pytest.mark.slow
 def test_links_out_of_the_container_are_not_followed(
     agent: AgentProcess, container: RuncBundle, tmp_path: Path
 ) -> None:
@@ -408,6 +417,7 @@ def test_links_out_of_the_container_are_not_followed(
     assert lines(contents[APP_LOG]) == LOGS
 
 
+@pytest.mark.slow
 def test_a_log_directory_that_is_a_link_out_of_the_container(
     agent: AgentProcess, runc_bundle: MakeBundle, tmp_path: Path
 ) -> None:

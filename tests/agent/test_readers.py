@@ -73,6 +73,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[bytes]:
     return done
 
 
+@pytest.mark.slow
 def test_every_reader_reads_it(bundle: Path, tmp_path: Path) -> None:
     run("gzip", "-t", bundle)
     run("tar", "tzf", bundle)
@@ -96,6 +97,7 @@ def test_every_reader_reads_it(bundle: Path, tmp_path: Path) -> None:
         pytest.skip("bsdtar is not installed (libarchive-tools); all other readers read it")
 
 
+@pytest.mark.slow
 def test_ranges_and_etag(agent: AgentProcess) -> None:
     write_logs(agent.add_zone("web") / "logs")
     agent.start().start_zones()

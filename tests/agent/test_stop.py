@@ -51,6 +51,7 @@ def test_a_stop_leaves_a_complete_bundle(agent: AgentProcess) -> None:
     assert agent.spool_entries() == []
 
 
+@pytest.mark.slow
 def test_the_environment_of_a_process_is_not_in_the_bundle(agent: AgentProcess) -> None:
     agent.add_zone("web", more='environment = { SECRET = "hunter2-in-the-environment" }')
     agent.start().start_zones()
@@ -59,6 +60,7 @@ def test_the_environment_of_a_process_is_not_in_the_bundle(agent: AgentProcess) 
     assert not [name for name, data in contents.items() if b"hunter2" in data]
 
 
+@pytest.mark.slow
 def test_stop_of_a_stopped_zone_answers_without_a_bundle(agent: AgentProcess) -> None:
     agent.add_zone("web")
     agent.start()
@@ -67,6 +69,7 @@ def test_stop_of_a_stopped_zone_answers_without_a_bundle(agent: AgentProcess) ->
     assert agent.bundles("web") == []
 
 
+@pytest.mark.slow
 def test_stop_without_a_bundle(agent: AgentProcess) -> None:
     agent.add_zone("web")
     agent.start().start_zones()
@@ -76,6 +79,7 @@ def test_stop_without_a_bundle(agent: AgentProcess) -> None:
     assert agent.spool_entries() == []
 
 
+@pytest.mark.slow
 def test_create_bundles_a_living_zone_and_a_stopped_one(agent: AgentProcess) -> None:
     root = agent.add_zone("web", ["sh", "-c", TALKS])
     agent.start().start_zones()
@@ -99,6 +103,7 @@ def test_create_bundles_a_living_zone_and_a_stopped_one(agent: AgentProcess) -> 
     assert len(agent.bundles("web")) == 2
 
 
+@pytest.mark.slow
 async def test_a_second_stop_joins_and_state_is_answered_during_a_stop(agent: AgentProcess) -> None:
     agent.add_zone("slow", ["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"])
     agent.start().start_zones()
@@ -126,6 +131,7 @@ async def _state_is(client: httpx.AsyncClient, zone: str, state: str) -> bool:
     return bool(answer.json()["state"] == state)
 
 
+@pytest.mark.slow
 async def test_a_vanished_client_cancels_nothing(agent: AgentProcess) -> None:
     agent.add_zone("slow", ["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"])
     agent.start().start_zones()

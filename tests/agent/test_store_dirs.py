@@ -48,6 +48,7 @@ def are_equal(one: Path, other: Path) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_every_directory_has_every_bundle(agent: AgentProcess, two: list[Path]) -> None:
     agent.stores = two
     agent.add_zone("web")
@@ -63,6 +64,7 @@ def test_every_directory_has_every_bundle(agent: AgentProcess, two: list[Path]) 
     assert list((agent.state / "tombstones").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_directory_that_is_lost_and_comes_back(agent: AgentProcess, two: list[Path], lost: int) -> None:
     agent.stores = two
@@ -88,6 +90,7 @@ def test_a_directory_that_is_lost_and_comes_back(agent: AgentProcess, two: list[
     assert {one["id"]["bundle_id"] for one in agent.bundles("web")} == {before, after}
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_missing_at_the_start(agent: AgentProcess, tmp_path: Path) -> None:
     with filesystems.mounted("ext4", tmp_path, 64 << 20) as mount:
         stores = [tmp_path / "first", mount / "store"]
@@ -115,6 +118,7 @@ def test_a_directory_that_is_missing_at_the_start(agent: AgentProcess, tmp_path:
         agent.terminate()
 
 
+@pytest.mark.slow
 def test_two_agents_on_one_store(agent: AgentProcess, two: list[Path], tmp_path: Path) -> None:
     agent.stores = two
     agent.add_zone("web")

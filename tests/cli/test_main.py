@@ -86,6 +86,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments: tuple[str, ...], mes
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_not_there(tmp_path: Path) -> None:
     code, out, err = ran("--host", f"unix:{tmp_path}/agent.sock", "list-zones")
     assert (code, out) == (1, "")
@@ -125,6 +126,7 @@ def test_the_environment_names_the_agent(agent: FakeAgent, monkeypatch: pytest.M
     assert ran("list-zones") == (0, "db-01\nweb-01\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_is_130_and_cancels_no_stop(agent: FakeAgent, number: signal.Signals) -> None:
     agent.release = threading.Event()

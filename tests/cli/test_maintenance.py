@@ -74,6 +74,7 @@ def test_context_with_a_fraction_of_a_second(run: Command, answers: Answers) -> 
     assert run("context").lines[0] == "Period: 61.5s"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["set-cleanup-context", "set-context"])
 @pytest.mark.parametrize(
     ("options", "body"),
@@ -97,6 +98,7 @@ def test_set_context_sends_what_is_given(
     assert answers.asked == [("PUT /zones/bundle-cleanup/context", {}, body)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -231,6 +233,7 @@ def test_drain_list(run: Command, answers: Answers) -> None:
     assert run("drain", "--list").out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -130,6 +130,7 @@ def test_a_bundle_that_cannot_be_sealed_fails_the_wait(zone_bundle: Command, age
     assert "could not be sealed: no space left on device" in ran.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

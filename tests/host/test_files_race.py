@@ -61,6 +61,7 @@ def swapping(request: pytest.FixtureRequest, place: Path) -> Iterator[str]:
     thread.join()
 
 
+@pytest.mark.slow
 def test_an_open_sees_the_file_or_nothing(place: Path, swapping: str) -> None:
     root = open_root(str(place / "root"))
     read = refused = 0
@@ -79,6 +80,7 @@ def test_an_open_sees_the_file_or_nothing(place: Path, swapping: str) -> None:
         os.close(root)
 
 
+@pytest.mark.slow
 def test_a_walk_reads_nothing_from_outside(place: Path, swapping: str) -> None:
     root = open_root(str(place / "root"))
     secret = {(place / "outside/app.log").stat().st_ino, (place / "outside/log/app.log").stat().st_ino}
@@ -91,6 +93,7 @@ def test_a_walk_reads_nothing_from_outside(place: Path, swapping: str) -> None:
         os.close(root)
 
 
+@pytest.mark.slow
 def test_the_directory_being_moved_out_is_not_followed_there(place: Path) -> None:
     root = open_root(str(place / "root"))
     stop = threading.Event()

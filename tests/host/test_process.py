@@ -99,6 +99,7 @@ def test_a_time_out_ends_it_and_keeps_what_it_printed(loop: Loop[Completed]) -> 
     assert done.status == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_term_comes_first_and_its_last_words_are_kept(loop: Loop[Completed]) -> None:
     done = loop(python(_SAYS_GOODBYE, timeout=1.0, grace=_AGES))
     assert (done.outcome, done.output, done.status) == (Outcome.TIMEOUT, b"hello\ngoodbye\n", 7)
@@ -142,6 +143,7 @@ def test_what_a_grandchild_prints_in_the_end_is_kept(loop: Loop[Completed]) -> N
     assert loop(sh("echo first; (echo second) &")).output in (b"first\nsecond\n", b"second\nfirst\n")
 
 
+@pytest.mark.slow
 def test_the_whole_group_goes_with_a_time_out(loop: Loop[Completed], tmp_path: Path) -> None:
     script = f"trap '' TERM; (trap '' TERM; sleep 1000) & echo $! > {tmp_path}/pid; echo begun; wait"
     done = loop(sh(script, timeout=0.5, grace=0.05))
@@ -291,6 +293,7 @@ def test_many_at_once(loop: Loop[list[Completed]]) -> None:
     assert {each.outcome for each in done[1::2]} == {Outcome.FAIL}
 
 
+@pytest.mark.slow
 def test_the_loop_stays_awake_meanwhile(loop: Loop[float]) -> None:
     async def longest_pause() -> float:
         work = asyncio.ensure_future(sh("trap '' TERM; sleep 0.3; yes | head -c 200000; sleep 1000", timeout=0.6))

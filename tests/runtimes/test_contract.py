@@ -122,6 +122,7 @@ async def test_stopping_twice_at_once_and_again_is_fine(zones: Zones) -> None:
     assert living(processes) == []
 
 
+@pytest.mark.slow
 async def test_a_stop_that_is_cancelled_can_be_done_again(zones: Zones) -> None:
     zone, processes = await running(zones, zones.make(STUBBORN))
     stop = asyncio.create_task(zones.runtime.stop(zone, Grace(3600)))
@@ -143,6 +144,7 @@ async def test_a_stopped_process_of_a_zone_still_gets_the_term(zones: Zones) -> 
     assert living(processes) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difference", ["init", "boot", "instance"])
 async def test_another_incarnation_is_never_stopped(zones: Zones, difference: str) -> None:
     zone, processes = await running(zones, zones.make(GRACEFUL))
@@ -198,6 +200,7 @@ async def test_removing_twice_is_fine(zones: Zones) -> None:
     assert found is None or found.state == "stopped"
 
 
+@pytest.mark.slow
 async def test_what_a_zone_says_is_among_its_logs_also_its_last_words(zones: Zones) -> None:
     zone, _ = await running(zones, zones.make(GRACEFUL))
     async with asyncio.timeout(30):

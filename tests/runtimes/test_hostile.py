@@ -209,6 +209,7 @@ async def test_a_supervisor_takes_no_notice_of_signals_but_kill(processes: Proce
     await stopped_wholly(processes, zone, members)
 
 
+@pytest.mark.slow
 async def test_a_supervisor_that_was_stopped_does_not_hold_up_the_stop(processes: Processes) -> None:
     zone, members = await running(processes, processes.add("sleeper", "sleep", "1000"), 1)
     supervisor = supervisor_of(processes, zone.name)
@@ -240,6 +241,7 @@ async def test_daemons_are_found_though_supervisor_and_init_are_gone(processes: 
     await stopped_wholly(processes, found, members)
 
 
+@pytest.mark.slow
 async def test_a_supervisor_killed_during_the_grace_does_not_let_anybody_go(processes: Processes) -> None:
     name = processes.make(f"{DAEMON}; trap '' TERM; while :; do sleep 1000; done")
     zone, members = await running(processes, name, 4)

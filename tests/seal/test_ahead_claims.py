@@ -142,6 +142,7 @@ def test_it_stops_when_asked(host: Host, compressed: Compressed) -> None:
     assert host.run()["files"] == 0
 
 
+@pytest.mark.slow
 def test_it_waits_while_the_host_is_busy(host: Host) -> None:
     fill(host.add())
     host.settle()

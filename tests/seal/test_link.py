@@ -86,6 +86,7 @@ async def test_a_bundle_is_sealed_and_told(linked: Linked, at: SpoolDir) -> None
     assert {next(iter(event)) for event in linked.events} <= {"progress", "sealed"}
 
 
+@pytest.mark.slow
 async def test_a_killed_sealer_is_replaced_and_goes_on(linked: Linked, at: SpoolDir) -> None:
     draft, later = large(at), small(at)
     linked.link.seal(draft.bundle_id)
@@ -138,6 +139,7 @@ async def test_a_bundle_is_deleted(linked: Linked, at: SpoolDir) -> None:
         await linked.link.delete("web", draft.bundle_id)
 
 
+@pytest.mark.slow
 async def test_a_bundle_on_its_way_is_deleted(linked: Linked, at: SpoolDir) -> None:
     draft = large(at)
     linked.link.seal(draft.bundle_id)
@@ -166,6 +168,7 @@ async def test_a_deletion_survives_the_sealer(linked: Linked, at: SpoolDir) -> N
     assert list(StoreReader.open(at.store).bundles()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", [name for name in trace.POINTS if name.startswith("delete.")])
 async def test_a_deletion_during_which_the_sealer_dies_is_done(
     at: SpoolDir, point: str, monkeypatch: pytest.MonkeyPatch
@@ -199,6 +202,7 @@ async def test_a_cancelled_caller_does_not_stop_a_deletion(linked: Linked, at: S
     await wait.until_async(lambda: list(StoreReader.open(at.store).directories()) == [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
 async def test_closing_ends_the_sealer(at: SpoolDir, stopped: bool) -> None:
     with leaks.no_leaks():
@@ -218,6 +222,7 @@ async def test_closing_ends_the_sealer(at: SpoolDir, stopped: bool) -> None:
             await deletion
 
 
+@pytest.mark.slow
 async def test_a_sealer_that_cannot_start_is_tried_later_and_later(
     at: SpoolDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +313,7 @@ async def test_the_sealer_answers_what_it_is_asked(at: SpoolDir, sealer_code: Ca
         assert linked.events == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("raised", "kind"),
     [
@@ -363,6 +369,7 @@ async def test_a_cancelled_caller_does_not_stop_what_it_asked(
         await wait.until_async((tmp_path / "done").exists, 30)
 
 
+@pytest.mark.slow
 async def test_closing_fails_what_was_asked(at: SpoolDir) -> None:
     async with started(at) as linked:
         os.kill(linked.pid, signal.SIGSTOP)

@@ -98,6 +98,7 @@ def test_it_seals_and_tells(at: SpoolDir) -> None:
         assert sealer.close() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", [*SEAL_POINTS, *LATER])
 def test_a_crash_at_any_point_is_finished_by_the_next(at: SpoolDir, point: str) -> None:
     draft = full_draft(at)
@@ -132,6 +133,7 @@ def test_crashes_at_all_points_in_turn_are_survived(at: SpoolDir) -> None:
         check(at, draft)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", [name for name in trace.POINTS if name.startswith("delete.")])
 def test_a_crash_in_a_deletion_is_finished_by_the_next(at: SpoolDir, point: str) -> None:
     draft, other = full_draft(at), Draft(at)

@@ -5,6 +5,8 @@ import random
 import threading
 from pathlib import Path
 
+import pytest
+
 from support.spooled import Draft, SpoolDir, log_lines
 from zonebundle.errors import FormatError, NotFoundError
 from zonebundle.seal.sealer import Sealer
@@ -42,6 +44,7 @@ def _tells_of_damage(at: SpoolDir, sealer: Sealer, draft: Draft) -> bool:
     return any("has changed on the disk" in gap["reason"] for gap in report["gaps"])
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_told(at: SpoolDir, sealer: Sealer) -> None:
     chance = random.Random(7)
     for number in range(FLIPS):

@@ -159,6 +159,7 @@ def fill(zone: Zone) -> int:
     return sum(path.stat().st_size for path in zone.logs.iterdir())
 
 
+@pytest.mark.slow
 def test_an_unchanged_zone_is_neither_read_nor_compressed(zone: Zone, counts: Counts) -> None:
     total = fill(zone)
     assert counts.since(zone.bundle) == (total, total)
@@ -172,6 +173,7 @@ def test_an_unchanged_zone_is_neither_read_nor_compressed(zone: Zone, counts: Co
     assert zone.segments == before
 
 
+@pytest.mark.slow
 def test_what_was_rotated_is_read_and_not_compressed(zone: Zone, counts: Counts) -> None:
     total = fill(zone)
     zone.bundle()
@@ -196,6 +198,7 @@ def test_a_log_that_has_grown_costs_its_last_chunk(zone: Zone, counts: Counts) -
     assert compressed == CHUNK + 1000
 
 
+@pytest.mark.slow
 def test_a_log_in_an_archive_on_another_file_system_is_recognised(zone: Zone, counts: Counts, tmp_path: Path) -> None:
     fill(zone)
     zone.bundle()
@@ -208,6 +211,7 @@ def test_a_log_in_an_archive_on_another_file_system_is_recognised(zone: Zone, co
     assert counts.since(zone.bundle)[0] == 0
 
 
+@pytest.mark.slow
 def test_without_the_index_contents_are_recognised(zone: Zone, counts: Counts) -> None:
     fill(zone)
     zone.bundle()
@@ -227,6 +231,7 @@ def test_without_the_index_contents_are_recognised(zone: Zone, counts: Counts) -
     assert counts.since(zone.bundle) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_segment_that_is_gone_is_made_again(zone: Zone, counts: Counts) -> None:
     total = fill(zone)
     zone.bundle()
@@ -237,6 +242,7 @@ def test_a_segment_that_is_gone_is_made_again(zone: Zone, counts: Counts) -> Non
     assert counts.since(zone.bundle)[0] == total
 
 
+@pytest.mark.slow
 def test_compressed_logs_are_stored(zone: Zone, counts: Counts) -> None:
     zone.write("app.log.1.gz", gzip.compress(os.urandom(3 * CHUNK)))
     zone.write("app.log.2.gz", gzip.compress(os.urandom(5000)))
@@ -274,6 +280,7 @@ def test_changes_in_the_same_instant_are_noticed(zone: Zone) -> None:
         forge(path, log_lines(5000, seed), OLD * 10**9)
 
 
+@pytest.mark.slow
 def test_an_inode_that_is_used_again_is_another_file(zone: Zone) -> None:
     for seed in range(8):
         path = zone.write("app.log.1", log_lines(5000, seed))

@@ -228,6 +228,7 @@ def test_parts_of_several_files_make_one_log(at: SpoolDir, seal: Seal) -> None:
     assert at.logs(draft) == {b"zone/app.log": data}
 
 
+@pytest.mark.slow
 def test_holes_are_not_read_and_cost_nothing(at: SpoolDir, seal: Seal) -> None:
     draft = Draft(at)
     head, tail = log_lines(100_000), log_lines(50_000, 1)

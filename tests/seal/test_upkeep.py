@@ -155,6 +155,7 @@ def test_debris_is_counted_and_goes_first(at: SpoolDir, opened: Sealing) -> None
         check_clean(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "link", "manifest", "frame", "empty"])
 def test_what_is_no_bundle_at_all_stops_nothing(at: SpoolDir, opened: Sealing, kind: str) -> None:
     """Whoever has put it there: the store opens, bundles are sealed and deleted, and clean-ups run."""

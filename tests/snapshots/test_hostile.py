@@ -235,6 +235,7 @@ def test_twenty_thousand_files_and_no_time(place: tuple[Path, Kind], leak_check:
     assert all(contents.get(f"log/{number}.log", b"%d" % number) == b"%d" % number for number in range(0, 20_000, 100))
 
 
+@pytest.mark.slow
 def test_a_directory_full_of_comings_and_goings_ends(place: tuple[Path, Kind], leak_check: None) -> None:
     directory, kind = place
     log = directory / "zone" / "log"

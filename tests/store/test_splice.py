@@ -190,6 +190,7 @@ def unpack(command: list[str], data: bytes, target: Path) -> dict[bytes, bytes]:
 
 
 # GNU tar says of times before 1970 that they are implausibly old, which is true.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["tar", "-xzf-", "--warning=no-timestamp"], ["bsdtar", "-xzf-"]], ids=["gnu", "bsd"]
 )

@@ -84,6 +84,7 @@ class Agent:
             self.drains = Drains(
                 self._link,
                 self.bundles.downloads,
+                self._stores,
                 spool=str(self._spool.path),
                 staging=lambda: [*self._state.staging, *self._config.staging.values()],
             )

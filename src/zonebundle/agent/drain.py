@@ -35,6 +35,14 @@ Downloads = Callable[[], Iterable[tuple[str, Iterable[str]]]]
 """The downloads that are on their way: what each is called, and the directories that it reads."""
 
 
+class Stores(Protocol):
+    """What a drain needs of the agent's own hold on the store directories."""
+
+    def give_up(self, path: str) -> None: ...
+
+    def take_back(self, path: str) -> None: ...
+
+
 class Sealer(Protocol):
     """What a drain needs of the link to the sealer."""
 
@@ -63,11 +71,12 @@ class Drains:
     """
 
     def __init__(
-        self, sealer: Sealer, downloads: Downloads, *, spool: str, staging: Callable[[], Iterable[str]]
+        self, sealer: Sealer, downloads: Downloads, stores: Stores, *, spool: str, staging: Callable[[], Iterable[str]]
     ) -> None:
         """`spool` is used by every capture; `staging` gives the staging directories that are known."""
         self._sealer = sealer
         self._downloads = downloads
+        self._stores = stores
         self._spool = spool
         self._staging = staging
         self._barriers: dict[str, _Barrier] = {}
@@ -103,6 +112,7 @@ class Drains:
                         raise ConflictError(f"the drain of {barrier.path} was ended while it waited")
                     if users:
                         await asyncio.sleep(_LOOK_AGAIN)
+                self._stores.give_up(barrier.path)
                 return barrier.path
         assert timeout is not None
         more = f" and {len(users) - _NAMED} more" if len(users) > _NAMED else ""
@@ -134,6 +144,7 @@ class Drains:
         del self._barriers[barrier.path]
         _log.info("drain ended", path=barrier.path)
         await asyncio.shield(self._tell(lambda: self._sealer.undrain(barrier.path)))
+        await self._in_thread(lambda: self._stores.take_back(barrier.path))
 
     def _find(self, path: str) -> _Barrier | None:
         found = (one for one in self._barriers.values() if path in (one.path, os.path.normpath(one.asked)))

@@ -28,7 +28,7 @@ class StoreDirs:
         self.readers = StoreReaders(directories)
         # Resolved now: when a drain asks for them, what they lead through may be gone.
         self.resolved = {directory: os.path.realpath(directory) for directory in directories}
-        self._locks: list[int] = []
+        self._locks: dict[Path, int] = {}
 
     def open(self, known: Mapping[str, str]) -> dict[str, str]:
         """Lock every directory that is there, and make a store in those that are new; returns what is known then.
@@ -57,6 +57,8 @@ class StoreDirs:
         return found
 
     def _open(self, directory: Path, point: str, expected: str) -> None:
+        if read_format(directory) is None and point != expected:
+            raise _unusable(directory, f"it was on the file system mounted at {expected}, which is not there")
         try:
             make_private_directory(directory)
             usable = os.access(directory, os.R_OK | os.W_OK | os.X_OK)
@@ -67,8 +69,6 @@ class StoreDirs:
             usable, reason = False, error.strerror or str(error)
         if not usable:
             raise _unusable(directory, reason)
-        if read_format(directory) is None and point != expected:
-            raise _unusable(directory, f"it was on the file system mounted at {expected}, which is not there")
         try:
             prepare(directory)
             self._lock(directory)
@@ -79,17 +79,36 @@ class StoreDirs:
 
     def _lock(self, directory: Path) -> None:
         lock = os.open(directory / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        self._locks.append(lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(lock)
             raise AlreadyRunningError(
                 f"another agent uses the store {directory}: stop it, or set [store] dirs"
             ) from None
+        self._locks[directory] = lock
+
+    def give_up(self, path: str) -> None:
+        """Keep nothing open in the directories at or below a resolved path: their disk is to be removed."""
+        for directory in self._below(path):
+            if (lock := self._locks.pop(directory, None)) is not None:
+                os.close(lock)
+
+    def take_back(self, path: str) -> None:
+        """Lock them again, as far as they are there. Blocks. What cannot be locked is logged: the sealer locks too."""
+        for directory in self._below(path):
+            if directory not in self._locks:
+                try:
+                    self._lock(directory)
+                except (OSError, AlreadyRunningError) as error:
+                    _log.error("a store directory cannot be used", directory=str(directory), reason=str(error))
+
+    def _below(self, path: str) -> list[Path]:
+        return [directory for directory, resolved in self.resolved.items() if Path(resolved).is_relative_to(path)]
 
     def close(self) -> None:
         """Give the directories up."""
-        for lock in self._locks:
+        for lock in self._locks.values():
             os.close(lock)
         self._locks.clear()
 
