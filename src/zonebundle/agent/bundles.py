@@ -54,9 +54,9 @@ class Bundles:
         def read() -> list[tuple[Header, int]]:
             return [(bundle.header, bundle.size) for bundle in self._store.stored()]
 
-        for header, size in await self._in_thread(read):
+        for header, size in await self.in_thread(read):
             self._catalogue.put(_sealed_entry(header, size))
-        for debris in await self._in_thread(lambda: list(self._store.debris())):
+        for debris in await self.in_thread(lambda: list(self._store.debris())):
             try:
                 check_zone_name(debris.zone)
             except UsageError as error:
@@ -92,11 +92,11 @@ class Bundles:
         zone, bundle_id = entry.metadata.zone, entry.metadata.bundle_id
         if entry.state is BundleState.SEALED:
             report = json.loads(
-                await self._in_thread(lambda: self._store.find(zone, bundle_id).read_own(b"report.json"))
+                await self.in_thread(lambda: self._store.find(zone, bundle_id).read_own(b"report.json"))
             )
             return report["steps"], report["gaps"]
         try:
-            return await self._in_thread(lambda: _read_record(self._spool.entry(bundle_id) / RECORD_FILE))
+            return await self.in_thread(lambda: _read_record(self._spool.entry(bundle_id) / RECORD_FILE))
         except FileNotFoundError:
             # Not recorded yet, or sealed between the look and the read.
             return [], []
@@ -111,7 +111,7 @@ class Bundles:
         while True:
             entry = self._catalogue.find(zone, bundle_id)
             if entry.state is BundleState.SEALED:
-                return await self._in_thread(
+                return await self.in_thread(
                     lambda: self._store.find(zone, bundle_id, lambda one: is_drained(self._stores.resolved[one]))
                 )
             if entry.is_debris:
@@ -170,13 +170,14 @@ class Bundles:
     async def compare_with_store(self) -> None:
         """Unlist what the store has lost while nobody could tell us."""
         listed = [(entry.metadata.zone, entry.metadata.bundle_id) for entry in self._catalogue.all() if entry.is_sealed]
-        self.forget(await self._in_thread(lambda: [found for zone, found in listed if self._is_gone(zone, found)]))
+        self.forget(await self.in_thread(lambda: [found for zone, found in listed if self._is_gone(zone, found)]))
 
     def _is_gone(self, zone: str, bundle_id: str) -> bool:
         try:
             self._store.find(zone, bundle_id)
         except NoSuchBundleError:
-            return True
+            # A directory that is away looks empty: what it has is not lost.
+            return self._stores.are_all_there()
         except StoreError as error:
             _log.error("a bundle cannot be read", zone=zone, bundle=bundle_id, reason=str(error))
         return False
@@ -243,14 +244,15 @@ class Bundles:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run what reads a store, in a thread that the stop path does not use."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def iterate(self, chunks: Iterator[bytes]) -> Any:
         """Turn a blocking iterator of bytes into an asynchronous one, outside the stop path's threads."""
 
         async def generate() -> Any:
-            while chunk := await self._in_thread(lambda: next(chunks, b"")):
+            while chunk := await self.in_thread(lambda: next(chunks, b"")):
                 yield chunk
 
         return generate()

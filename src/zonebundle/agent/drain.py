@@ -83,6 +83,8 @@ class Drains:
         self._captures: dict[str, Intent] = {}
         # Not shared with anything: looking at a path may hang, and a stop may wait for it.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="drain")
+        # For those who want to begin: looks of the others may hang on the very disk that is drained.
+        self._admissions = ThreadPoolExecutor(4, thread_name_prefix="admit")
         self._order = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -92,6 +94,7 @@ class Drains:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._admissions.shutdown(wait=False, cancel_futures=True)
 
     async def drain(self, path: str, timeout: float | None = None) -> str:
         """Put up a barrier, and wait until nothing uses what is below it; returns the resolved path.
@@ -229,7 +232,9 @@ class Drains:
         barriers = list(self._barriers)
         try:
             async with asyncio.timeout(_RESOLVE_PATIENCE):
-                touched = await self._in_thread(lambda: self._touched(barriers, zone))
+                touched = await asyncio.get_running_loop().run_in_executor(
+                    self._admissions, self._touched, barriers, zone
+                )
         except TimeoutError:
             # The stop goes on: by the names alone, as far as they tell.
             touched = {barrier for barrier in barriers for tree in zone.logs if _is_below(tree.path, barrier)}

@@ -48,8 +48,10 @@ class StoreDirs:
                 found[str(directory)] = point
             except AlreadyRunningError:
                 raise
-            except UnavailableError as error:
-                refused[directory] = error
+            except FormatError:
+                raise
+            except (UnavailableError, StoreError) as error:
+                refused[directory] = error if isinstance(error, UnavailableError) else _unusable(directory, str(error))
         if len(refused) == len(self.resolved):
             raise next(iter(refused.values()))
         for directory, reason in refused.items():
@@ -87,6 +89,13 @@ class StoreDirs:
                 f"another agent uses the store {directory}: stop it, or set [store] dirs"
             ) from None
         self._locks[directory] = lock
+
+    def are_all_there(self) -> bool:
+        """Whether every directory has its store, so that what is not found is nowhere. Blocks."""
+        try:
+            return all(read_format(directory) is not None for directory in self.resolved)
+        except StoreError:
+            return False
 
     def give_up(self, path: str) -> None:
         """Keep nothing open in the directories at or below a resolved path: their disk is to be removed."""

@@ -19,7 +19,8 @@ async def download(agent: Agent, zone: str, bundle_id: str, request: Request) ->
     bundles = agent.bundles
     bundle = await bundles.sealed(zone, bundle_id, agent.drains.covers)
     agent.drains.check_download(bundle_id, [bundles.store_dir_of(bundle)])
-    etag = f'"{bundle.etag}"'
+    # A manifest may have hundreds of megabytes, and lie on a disk that hangs: not in the loop that answers all.
+    etag = f'"{await bundles.in_thread(lambda: bundle.etag)}"'
     headers = {
         "etag": etag,
         "accept-ranges": "bytes",

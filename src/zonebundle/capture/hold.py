@@ -183,7 +183,7 @@ class Hold:
                         prefix=tree.prefix,
                         patterns=tree.patterns,
                         host_root=tree.path,
-                        filesystem=os.fstatvfs(open_tree.descriptor).f_fsid,
+                        filesystem=open_tree.filesystem or 0,
                     ).to_json(),
                 )
         return len(numbers)
@@ -296,7 +296,8 @@ def _open_and_choose(
 ) -> tuple[OpenLogs, list[tuple[OpenTree, Choice]]]:
     rules = StagingRules(settings.staging, settings.state_dir, settings.zone_roots)
     logs = open_logs(trees)
-    return logs, [(tree, choose(tree.descriptor, tree.tree.path, rules)) for tree in logs.trees]
+    known = [replace(tree, filesystem=os.fstatvfs(tree.descriptor).f_fsid) for tree in logs.trees]
+    return logs, [(tree, choose(tree.descriptor, tree.tree.path, rules)) for tree in known]
 
 
 def find_choices(trees: Iterable[LogTree], settings: HoldSettings) -> tuple[list[str], list[str]]:

@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 
 from zonebundle.errors import FullError, StoreError
-from zonebundle.host.files import make_private_directory
+from zonebundle.host.files import make_private_directory, remove_tree
 from zonebundle.host.pressure import read_pressure
 from zonebundle.model.record import Limits
 from zonebundle.model.zone import LogTree, ProcessRef
@@ -145,6 +145,9 @@ class Ahead:
             with CrashMarks(marks, self._agent) as crashes:
                 batch = Batch(store, index, self._workers, crashes, self._pace, largest)
                 ended = self._seal_all(zones, batch, store)
+            if not ended:
+                # All was dealt with: what crashed an earlier sealer is no suspect any more.
+                remove_tree(marks)
             freed = self._remove(self._end_claims(index, zones, complete) | batch.unneeded)
             if not had_strays or (complete and not ended):
                 freed += self._remove_strays(had_strays)

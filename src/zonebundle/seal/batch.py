@@ -58,7 +58,7 @@ class Batch:
         self._marks = marks
         self._pace = pace
         self._largest = largest
-        self._known = Known(index, store.segments, OWNER)
+        self._known = Known(index, store, OWNER)
         self._pack: list[tuple[FileIdentity, bytes]] = []
         self._pack_bytes = 0
         self._sealed: list[tuple[FileIdentity, list[Piece]]] = []
@@ -185,6 +185,9 @@ class Batch:
         self.close_pack()
         # Also what was made in vain: it has a name then, under which it can be removed.
         self._store.segments.flush()
+        if missing := self._store.segments.missing(OWNER):
+            # Another's flush had taken them along, and failed.
+            raise StoreError(f"{len(missing)} segments that were sealed ahead could not be kept")
         if self._sealed:
             self._note_replaced()
             self._index.add(self._sealed)

@@ -238,9 +238,11 @@ class Compression:
         if self._may_cut:
             # What has left is kept, whatever does not fit later.
             self._segments.flush()
-        log = self._logs.popleft()
+        log = self._logs[0]
         if not log.is_known:
+            # It may find that the store is full: the log is then one of those that are left.
             self._known.note(log.identity, log.pieces)
+        self._logs.popleft()
         return log.planned, log.pieces
 
     def _take(self, planned: PlannedLog) -> None:

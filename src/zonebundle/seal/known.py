@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zonebundle.errors import DamagedError
+import structlog
+
+from zonebundle.errors import DamagedError, StoreError
 from zonebundle.model.identity import FileIdentity
 from zonebundle.model.manifest import Piece
 from zonebundle.store.index import Index
-from zonebundle.store.objects import SegmentStore
+from zonebundle.store.replicate import fetch_segments
+from zonebundle.store.store import Store
+
+_log = structlog.get_logger()
 
 # So many pieces are told to the index at a time: a bundle may have millions.
 _BATCH = 8192
@@ -20,9 +25,12 @@ class Known:
     Whatever is given has its segments leased to the owner: it is there, and stays.
     """
 
-    def __init__(self, index: Index | None, segments: SegmentStore, owner: str) -> None:
+    def __init__(self, index: Index | None, store: Store, owner: str, others: Sequence[Store] = ()) -> None:
+        """`others` are further stores, which may have a segment that `store` lacks."""
         self._index = index
-        self._segments = segments
+        self._store = store
+        self._segments = store.segments
+        self._others = [other.segments for other in others if other is not store]
         self._owner = owner
         self._noted: list[tuple[FileIdentity, tuple[Piece, ...]]] = []
         self._noted_pieces = 0
@@ -42,8 +50,16 @@ class Known:
         return known.identity, list(known.pieces)
 
     def recorded(self, pieces: Sequence[Piece]) -> bool:
-        """Whether the pieces that a record names are there still."""
-        return self._lease(pieces)
+        """Whether the pieces that a record names are there still, or can be had from another store."""
+        if self._lease(pieces):
+            return True
+        digests = {piece.segment for piece in pieces}
+        try:
+            fetch_segments(digests, self._store, self._owner, self._others, set())
+        except StoreError as error:
+            _log.warning("a log that was known is read at its place", bundle=self._owner, reason=str(error))
+            return False
+        return True
 
     def content(self, digest: str, length: int) -> Piece | None:
         """The piece that holds raw bytes with this BLAKE3 (hex)."""
@@ -68,9 +84,12 @@ class Known:
         self._noted.append((identity or _NOBODY, tuple(pieces)))
         self._noted_pieces += len(pieces)
         if self._noted_pieces >= _BATCH:
-            # The index leads to what is durable, and to nothing else.
+            # The index leads to what is durable, and to nothing else: another's flush may have taken some, and failed.
             self._segments.flush()
-            self.keep()
+            if self._segments.missing(self._owner):
+                self._forget()
+            else:
+                self.keep()
 
     def keep(self) -> None:
         """Tell the index of what was noted, which is durable, and still leased."""
@@ -78,6 +97,9 @@ class Known:
             files = [noted for noted in self._noted if noted[0] is not _NOBODY]
             others = (piece for identity, pieces in self._noted if identity is _NOBODY for piece in pieces)
             self._index.add(files, (piece for piece in others if piece.times == 1))
+        self._forget()
+
+    def _forget(self) -> None:
         self._noted.clear()
         self._noted_pieces = 0
 

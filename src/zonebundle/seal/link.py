@@ -186,7 +186,6 @@ class SealerLink:
         self._requests.clear()
 
     def _spawn(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         command = [sys.executable, "-P", "-m", "zonebundle.seal", *self._arguments]
         environment = built_environment(
             {
@@ -198,6 +197,10 @@ class SealerLink:
                 **{name: os.environ[name] for name in (trace.CRASH_AT,) if name in os.environ},
             }
         )
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise UnavailableError(f"the sealer cannot be started: {error}") from error
         try:
             with theirs:
                 self._process = subprocess.Popen(
@@ -223,6 +226,9 @@ class SealerLink:
                 await self._talk()
             except UnavailableError as error:
                 _log.error("no sealer", reason=str(error))
+            except Exception as error:
+                # Whatever it was: without supervision nothing would be sealed or deleted any more.
+                _log.error("talking to the sealer failed unexpectedly", exc_info=error)
             finally:
                 # Also when this task is cancelled.
                 await self._end_process()
@@ -319,7 +325,14 @@ class SealerLink:
             return
         loop = asyncio.get_running_loop()
         exited = asyncio.Event()
-        descriptor = os.pidfd_open(process.pid)
+        try:
+            descriptor = os.pidfd_open(process.pid)
+        except OSError as error:
+            _log.error("the sealer's end cannot be waited for; it is killed", reason=str(error))
+            self._process = None
+            process.kill()
+            process.wait()
+            return
         loop.add_reader(descriptor, exited.set)
         try:
             with contextlib.suppress(TimeoutError):

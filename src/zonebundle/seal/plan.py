@@ -16,7 +16,7 @@ from typing import IO
 from zonebundle.errors import OutsideRootError
 from zonebundle.host import syscalls
 from zonebundle.host.files import Found, open_root, walk_beneath
-from zonebundle.model.identity import TRUSTED_AGE_NS, FileIdentity
+from zonebundle.model.identity import FileIdentity
 from zonebundle.model.manifest import decode_line
 from zonebundle.model.metadata import parse_time
 from zonebundle.model.paths import printable
@@ -194,8 +194,8 @@ class _Walk:
     def _stamps(self, root: int, found: Found) -> tuple[int, int]:
         """ctime and birth of a file in a snapshot, if a change after the snapshot would show in its log."""
         status = found.status
-        youngest = max(status.st_mtime_ns, status.st_ctime_ns)
-        if self._tree.area == LIVE or status.st_dev != self._device or youngest + TRUSTED_AGE_NS > self._taken_after:
+        state = FileIdentity(0, status.st_ino, 0, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if self._tree.area == LIVE or status.st_dev != self._device or not state.is_settled(self._taken_after):
             return 0, 0
         return status.st_ctime_ns, syscalls.birth_time_ns(root, os.fsencode(found.path))
 

@@ -135,24 +135,30 @@ class Sealer:
     def _make_somewhere(self, entry: SpoolEntry, progress: Progress, canceled: threading.Event) -> None:
         """Make the bundle in the first store in which that works. Raises what the last one raised."""
         stores = self._storage.usable()
-        for number, store in enumerate(stores, start=1):
+        attempts = [(store, False) for store in stores]
+        if self._full[entry.bundle_id] >= _FULL_TO_CUT:
+            # Only where it fits nowhere as a whole.
+            attempts += [(store, True) for store in stores]
+        for number, (store, may_cut) in enumerate(attempts, start=1):
             try:
-                self._make(store, entry, progress, canceled)
+                self._make(store, entry, progress, canceled, may_cut=may_cut)
                 self._full.pop(entry.bundle_id, None)
                 return
             except StoreError as error:
                 if isinstance(error, FormatError):
                     # Of the record, which is the same for every store.
                     raise
-                if number == len(stores):
+                if number == len(attempts):
                     self._full[entry.bundle_id] += isinstance(error, FullError)
                     raise
                 self._storage.stores.give_up(store, error)
 
-    def _make(self, store: Store, entry: SpoolEntry, progress: Progress, canceled: threading.Event) -> None:
+    def _make(
+        self, store: Store, entry: SpoolEntry, progress: Progress, canceled: threading.Event, *, may_cut: bool
+    ) -> None:
         record = entry.read_record()
         try:
-            self._make_bundle(store, entry, record, progress, canceled)
+            self._make_bundle(store, entry, record, progress, canceled, may_cut=may_cut)
         except (SealError, OSError) as error:
             if record.is_intact or isinstance(error, SealCanceledError):
                 raise
@@ -160,9 +166,19 @@ class Sealer:
                 f"{entry.path} has changed on the disk since it was written, and cannot be sealed: {describe(error)}; "
                 "restore it, or delete the bundle"
             ) from error
+        finally:
+            if may_cut:
+                store.refill_reserve()
 
     def _make_bundle(
-        self, store: Store, entry: SpoolEntry, record: Record, progress: Progress, canceled: threading.Event
+        self,
+        store: Store,
+        entry: SpoolEntry,
+        record: Record,
+        progress: Progress,
+        canceled: threading.Event,
+        *,
+        may_cut: bool,
     ) -> None:
         """Record → plan → segments → bundle → commit."""
         header = record.header
@@ -180,7 +196,7 @@ class Sealer:
             trace.point("seal.planned")
             draft.add_bytes(b"metadata.toml", header.metadata.to_toml())
             add_outputs(draft, entry, record)
-            known = Known(self._storage.index, store.segments, entry.bundle_id)
+            known = Known(self._storage.index, store, entry.bundle_id, self._storage.stores.all())
             work = Compression(
                 areas,
                 self._workers,
@@ -191,7 +207,7 @@ class Sealer:
                 record.gaps,
                 canceled,
                 _Counted(planned.bytes, progress),
-                may_cut=self._full[entry.bundle_id] >= _FULL_TO_CUT,
+                may_cut=may_cut,
             )
             with self._step(steps, "logs", created) as step:
                 step(_add_logs(draft, planned, work))
@@ -211,7 +227,6 @@ class Sealer:
             )
             if work.is_cut:
                 store.sweep()
-                store.refill_reserve()
 
     def _let_settle(self, entry: SpoolEntry) -> None:
         # A log that was linked a moment ago has stamps that prove nothing yet; what is read of it could not be known.

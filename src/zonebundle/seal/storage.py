@@ -7,14 +7,19 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from zonebundle.errors import StoreError
+import structlog
+
+from zonebundle.errors import NoSuchBundleError, StoreError
 from zonebundle.model.manifest import Piece
 from zonebundle.seal.guard import SpoolGuard
+from zonebundle.store.bundle import StoredBundle
 from zonebundle.store.failure import store_errors
 from zonebundle.store.index import Index
 from zonebundle.store.reader import read_format
 from zonebundle.store.store import Store
 from zonebundle.store.stores import Stores
+
+_log = structlog.get_logger()
 
 INDEX = "index.sqlite"
 SPOOL = "spool"
@@ -97,8 +102,7 @@ class Storage:
             for bundle in store.stored():
                 if (bundle_id := bundle.header.metadata.bundle_id) not in seen:
                     seen.add(bundle_id)
-                    for entry in bundle.entries():
-                        yield from (piece for piece in entry.pieces if piece.times == 1)
+                    yield from _pieces_of(bundle)
 
     def close(self) -> None:
         """Give everything back. Nothing may be on its way."""
@@ -106,3 +110,12 @@ class Storage:
         if self.index is not None:
             self.index.close()
             self.index = None
+
+
+def _pieces_of(bundle: StoredBundle) -> Iterator[Piece]:
+    try:
+        for entry in bundle.entries():
+            yield from (piece for piece in entry.pieces if piece.times == 1)
+    except (StoreError, NoSuchBundleError) as error:
+        # Damaged, or deleted meanwhile: the others are worth knowing all the same.
+        _log.warning("a bundle's pieces are not known", bundle=str(bundle.directory), reason=str(error))

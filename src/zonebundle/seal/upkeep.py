@@ -64,11 +64,11 @@ class Upkeep:
             stores = self._storage.usable()
             doomed: list[list[str]] = []
             for store in stores:
-                used = usage(store.directory, self._quota)
-                limit = used.dataset_quota * storage_limit // 100
-                if used.bytes_used > limit:
+                used = self._used(store)
+                limit = usage(store.directory, self._quota).dataset_quota * storage_limit // 100
+                if used > limit:
                     stock = _Stock(store)
-                    plan = self._plan(stock, used.bytes_used, limit, priority, pinned)
+                    plan = self._plan(stock, used, limit, priority, pinned)
                     doomed += ([removal.zone, removal.bundle_id] for removal in plan.removals)
             return doomed
 
@@ -89,10 +89,13 @@ class Upkeep:
         removed: list[tuple[str, str]] = []
         with self._cleaning, self._storage.stores.working():
             stores = self._storage.usable()
+            rooms = []
             for store in stores:
                 gone, freed = self._clean_up(store, storage_limit, priority, set(pinned), among)
                 removed += gone
                 dirs[str(store.directory)] = {"bundles": len(gone), "bytes": freed}
+                rooms.append(self._has_room(store, storage_limit))
+            self.has_room_for_ahead = all(rooms)
         return {"dirs": dirs, "removed": [list(bundle) for bundle in removed]}
 
     def _clean_up(
@@ -103,15 +106,14 @@ class Upkeep:
         pinned: set[str],
         among: Collection[str] | None,
     ) -> tuple[list[tuple[str, str]], int]:
-        before = usage(store.directory, self._quota)
-        limit = before.dataset_quota * percent // 100
-        if before.bytes_used <= limit:
-            self.has_room_for_ahead = before.bytes_used <= limit * _ROOM_FOR_AHEAD
+        before = self._used(store)
+        limit = usage(store.directory, self._quota).dataset_quota * percent // 100
+        if before <= limit:
             return [], 0
         self.has_room_for_ahead = False
         store.sweep()
         stock = _Stock(store)
-        used = usage(store.directory, self._quota).bytes_used
+        used = self._used(store)
         if among is not None:
             pinned |= {candidate.bundle_id for candidate in stock.candidates} - set(among)
         plan = self._plan(stock, used, limit, priority, pinned)
@@ -122,10 +124,19 @@ class Upkeep:
         free = stock.digests_of(plan.segments) | stock.freed_by({bundle_id for _, bundle_id in doomed})
         if index is not None:
             index.release_claims(free)
+        # Here first: where nothing can be removed (read-only), nothing has to go elsewhere for it.
+        store.remove_all(store.bundle_directory(zone, bundle_id) for zone, bundle_id in doomed)
         self._storage.stores.delete_all(doomed)
         store.remove_unreferenced(stock.digests_of(plan.segments))
-        freed = before.bytes_used - usage(store.directory, self._quota).bytes_used
-        return doomed, max(0, freed)
+        return doomed, max(0, before - self._used(store))
+
+    def _used(self, store: Store) -> int:
+        """Real bytes, without those that are removed when a hold on its way has ended: nobody must go for them too."""
+        return usage(store.directory, self._quota).bytes_used - store.segments.aside_bytes()
+
+    def _has_room(self, store: Store, percent: int) -> bool:
+        limit = usage(store.directory, self._quota).dataset_quota * percent // 100
+        return self._used(store) <= limit * _ROOM_FOR_AHEAD
 
     def _plan(self, stock: _Stock, used: int, limit: int, priority: Sequence[str], pinned: Collection[str]) -> Plan:
         index = self._storage.index
@@ -197,7 +208,11 @@ class Upkeep:
         for name in sorted(self._spooled()):
             entry = SpoolEntry(self._spool, name)
             if entry.is_recorded():
-                places = [place for place in _places(entry.path / RECORD_FILE) if Path(place).is_relative_to(path)]
+                places = [
+                    place
+                    for place in _places(entry.path / RECORD_FILE)
+                    if Path(os.path.realpath(place)).is_relative_to(path)
+                ]
                 if places:
                     found.append(f"bundle {name}, which is not sealed yet, reads from {places[0]}")
         return found

@@ -26,11 +26,13 @@ class Kind(StrEnum):
 class OpenTree:
     """A log tree with its directory held open, which outlives private mounts and the zone itself.
 
-    `descriptor` is a directory descriptor of `tree.path`; whoever opened it closes it.
+    `descriptor` is a directory descriptor of `tree.path`; whoever opened it closes it. `filesystem` is what identities
+    of its files name, None if nobody has asked yet.
     """
 
     tree: LogTree
     descriptor: int
+    filesystem: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

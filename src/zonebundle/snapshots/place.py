@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from zonebundle.model.identity import TRUSTED_AGE_NS
 from zonebundle.model.manifest import Piece
 from zonebundle.model.record import Part
 from zonebundle.snapshots import btrfs
@@ -28,8 +29,6 @@ FICLONE: Final = 0x40049409
 _CHUNK = 1 << 20
 _SAMPLE = 4096
 _TRIES = 5
-# A file's times may be coarser than its changes (4 ms before Linux 6.13): younger ones prove nothing.
-_TRUSTED_AGE_NS = 20_000_000
 _SYNCERS = 8
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
@@ -253,7 +252,7 @@ def _is_unchanged(source: int, status: os.stat_result, sample: bytes, at: int) -
     now = os.fstat(source)
     if now.st_size < status.st_size:
         return False
-    if now.st_mtime_ns == status.st_mtime_ns and time.time_ns() - now.st_mtime_ns > _TRUSTED_AGE_NS:
+    if now.st_mtime_ns == status.st_mtime_ns and time.time_ns() - now.st_mtime_ns > TRUSTED_AGE_NS:
         return True
     return os.pread(source, len(sample), at) == sample
 

@@ -80,5 +80,5 @@ class Tree:
 def open_tree(number: int, tree: OpenTree, kind: Kind) -> Tree:
     """The tree with that number."""
     device = os.fstat(tree.descriptor).st_dev
-    filesystem = os.fstatvfs(tree.descriptor).f_fsid
+    filesystem = tree.filesystem if tree.filesystem is not None else os.fstatvfs(tree.descriptor).f_fsid
     return Tree(tree, kind, TreeListing(number, tree.tree, tree.descriptor), device, filesystem)

@@ -253,6 +253,15 @@ class SegmentStore(Segments):
             names = [name.removesuffix(".gz") for name in os.listdir(self._pruned)]
         return [digest for digest in names if _DIGEST.fullmatch(digest)]
 
+    def aside_bytes(self) -> int:
+        """Bytes on disk of what was set aside and not dropped yet."""
+        total = 0
+        with store_errors(f"listing {self._pruned}"), os.scandir(self._pruned) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    total += entry.stat(follow_symlinks=False).st_blocks * 512
+        return total
+
     def put_back(self, digests: Iterable[str]) -> None:
         """Give segments that were set aside their place again. Raises StoreError."""
         with store_errors(f"putting segments back below {self._root}"):

@@ -11,11 +11,16 @@ through the second phase again.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 from zonebundle.host import trace
 from zonebundle.store.objects import SegmentStore
+
+# A hold notes in its record what the index tells it within its budget and the patience for a slow disk. An intent that
+# has no record after so many seconds is of a stop with a long grace, which will ask later, or of one never recorded.
+_LONGEST = 900.0
 
 Referenced = Callable[[frozenset[str]], set[str]]
 """Which of the segments given (hex digests) the bundles of the store refer to."""
@@ -55,8 +60,8 @@ class Pruner:
         self._referenced = referenced
         self._guard = guard
         self._lock = threading.Lock()
-        # What was set aside, and the holds that may have been told of it.
-        self._waiting: list[tuple[frozenset[str], set[str]]] = []
+        # What was set aside, the holds that may have been told of it, and when (monotonic).
+        self._waiting: list[tuple[frozenset[str], set[str], float]] = []
         # A removal failed, and has perhaps set something aside before.
         self._has_failed = False
 
@@ -65,7 +70,7 @@ class Pruner:
         if aside := frozenset(self._segments.aside()):
             used = self._referenced(aside)
             self._segments.put_back(used)
-            self._waiting.append((self._guard.open_holds(), set(aside - used)))
+            self._waiting.append((self._guard.open_holds(), set(aside - used), time.monotonic()))
 
     @property
     def is_waiting(self) -> bool:
@@ -85,7 +90,7 @@ class Pruner:
         trace.point("prune.moved")
         if moved:
             with self._lock:
-                self._waiting.append((self._guard.open_holds(), moved))
+                self._waiting.append((self._guard.open_holds(), moved, time.monotonic()))
         return self.finish()
 
     def _choose(self, candidates: frozenset[str]) -> set[str]:
@@ -102,11 +107,11 @@ class Pruner:
         with self._lock:
             holds = self._guard.open_holds()
             if self._has_failed:
-                self._waiting.append((holds, set(self._segments.aside())))
+                self._waiting.append((holds, set(self._segments.aside()), time.monotonic()))
                 self._has_failed = False
             for batch in list(self._waiting):
-                told, digests = batch
-                if told & holds:
+                told, digests, since = batch
+                if told & holds and time.monotonic() - since < _LONGEST:
                     continue
                 # A bundle that came to need one since has put it, or its lease has put it back.
                 used = self._guard.used(frozenset(digests))

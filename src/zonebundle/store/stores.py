@@ -43,6 +43,8 @@ class Stores:
 
     def __init__(self, directories: Sequence[Path], state_dir: Path, guard: Guard | None = None) -> None:
         self.directories = tuple(directories)
+        # A drain names a path without links.
+        self._places = {directory: Path(os.path.realpath(directory)) for directory in directories}
         self._guard = guard or NobodyElse()
         self._open: dict[Path, Store] = {}
         self._retired: list[tuple[int, Store]] = []
@@ -235,7 +237,9 @@ class Stores:
         Directories that are away hear of it by the tombstone. Raises NoSuchBundleError, StoreError.
         """
         stores = self.usable()
-        if not any(_is_there(store.bundle_directory(zone, bundle_id)) for store in stores):
+        is_there = any(_is_there(store.bundle_directory(zone, bundle_id)) for store in stores)
+        # A directory that is away may have it, and is told by the tombstone.
+        if not is_there and len(stores) == len(self.directories):
             raise NoSuchBundleError(zone, bundle_id)
         return self.delete_all([(zone, bundle_id)])
 
@@ -321,12 +325,13 @@ class Stores:
 
     def is_drained(self, directory: Path) -> bool:
         """Whether a directory lies on a path that is being drained."""
-        return any(directory.is_relative_to(path) for path in self._drained)
+        place = self._places.get(directory, directory)
+        return any(place.is_relative_to(path) for path in self._drained)
 
     def drain(self, path: str) -> None:
         """Use no directory at or below `path` any more; those that are open are closed when nobody works on them."""
         with self._lock:
-            for directory in [directory for directory in self._open if directory.is_relative_to(path)]:
+            for directory in [directory for directory in self._open if self._places[directory].is_relative_to(path)]:
                 self._retire(directory)
             self._drained.add(path)
             self._close_retired()
@@ -334,7 +339,7 @@ class Stores:
     def is_in_use(self, path: str) -> bool:
         """Whether work that began before the drain of `path` goes on, on a directory below it."""
         with self._lock:
-            return any(store.directory.is_relative_to(path) for _, store in self._retired)
+            return any(self._places[store.directory].is_relative_to(path) for _, store in self._retired)
 
     def undrain(self, path: str) -> None:
         """Use what is below `path` again."""
