@@ -12,6 +12,7 @@ import pytest
 
 from support import stored
 from support.agents import AgentProcess
+from support.wait import until_async
 from zonebundle.agent.bundles import Bundles
 from zonebundle.agent.catalogue import BundleEntry, BundleState, Catalogue
 from zonebundle.agent.store_dirs import StoreDirs
@@ -21,16 +22,35 @@ from zonebundle.model.metadata import Cause, format_time
 from zonebundle.store.store import Store
 
 
+class FakeLink:
+    """A sealer that does what it is asked."""
+
+    def __init__(self) -> None:
+        self.deleted: list[tuple[str, str]] = []
+
+    async def delete(self, zone: str, bundle_id: str) -> int:
+        self.deleted.append((zone, bundle_id))
+        return 0
+
+
 class Listed:
     """The agent's bundles over a real store in `directory`."""
 
     def __init__(self, directory: Path) -> None:
         self.store = Store.open(directory / "store")
         self.threads = ThreadPoolExecutor(1)
+        self.link = FakeLink()
+        self.directory = directory
+        self.deletions = directory / "deletions"
+        self.bundles = self.restarted()
+
+    def restarted(self) -> Bundles:
+        """As the next agent has them."""
         self.catalogue = Catalogue()
-        link: Any = None
-        stores = StoreDirs([directory / "store"])
-        self.bundles = Bundles(self.catalogue, stores, Spool(directory), link, self.threads)
+        link: Any = self.link
+        stores = StoreDirs([self.directory / "store"])
+        self.bundles = Bundles(self.catalogue, stores, Spool(self.directory), link, self.threads)
+        return self.bundles
 
     def listed(self) -> set[str]:
         return {entry.metadata.bundle_id for entry in self.bundles.list()}
@@ -115,3 +135,18 @@ def test_debris_is_deleted_like_a_bundle(agent: AgentProcess) -> None:
     agent.kill()
     agent.start()
     assert agent.bundles("web") == []
+
+
+async def test_a_deletion_that_was_answered_is_done_by_the_next_start(listed: Listed) -> None:
+    read = some_bundle(listed)
+    await listed.bundles.load()
+    link = listed.link
+    async with listed.bundles.reading(listed.store.find("web", read)):
+        await listed.bundles.delete("web", read)
+        assert listed.listed() == set()
+        # The agent ends here, before the reader does.
+        again = listed.restarted()
+        await again.load()
+        assert listed.listed() == set()
+        await until_async(lambda: link.deleted == [("web", read)])
+    await until_async(lambda: not list(listed.deletions.iterdir()))

@@ -135,3 +135,23 @@ def test_two_agents_on_one_store(agent: AgentProcess, two: list[Path], tmp_path:
         assert told.returncode == 1
         assert f"another agent uses the store {two[1]}: stop it, or set [store] dirs" in told.stderr
     assert bundle(agent)
+
+
+@pytest.mark.slow
+def test_bundles_of_a_directory_that_comes_later_are_listed(agent: AgentProcess, two: list[Path]) -> None:
+    agent.stores = two
+    agent.add_zone("web")
+    agent.start()
+    made = bundle(agent)
+    until(lambda: are_equal(*two))
+    agent.terminate()
+    # One disk is replaced by a fresh one, the other is not there when the agent starts.
+    shutil.rmtree(two[0])
+    away = two[1].with_name("away")
+    two[1].rename(away)
+    agent.start()
+    assert agent.bundles("web") == []
+    shutil.rmtree(two[1])
+    away.rename(two[1])
+    until(lambda: [one["id"]["bundle_id"] for one in agent.bundles("web")] == [made], timeout=PAUSE)
+    until(lambda: are_equal(*two), timeout=PAUSE)

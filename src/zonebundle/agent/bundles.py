@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,13 +17,15 @@ from zonebundle.agent.catalogue import BundleEntry, BundleState, Catalogue
 from zonebundle.agent.store_dirs import StoreDirs
 from zonebundle.capture.spool import Spool
 from zonebundle.errors import ConflictError, NoSuchBundleError, StoreError, UsageError
+from zonebundle.host.files import make_private_directory, write_durably
 from zonebundle.model.ids import check_zone_name
 from zonebundle.model.manifest import Header
 from zonebundle.model.metadata import Cause, Metadata, format_time
 from zonebundle.model.record import RECORD_FILE
 from zonebundle.seal.link import SealerLink
 from zonebundle.store.bundle import StoredBundle
-from zonebundle.store.reader import Debris
+from zonebundle.store.failure import store_errors
+from zonebundle.store.reader import Debris, is_bundle_id
 
 T = TypeVar("T")
 _log = structlog.get_logger()
@@ -46,6 +49,8 @@ class Bundles:
         # The store directory, resolved, of every download that is on its way, by bundle.
         self._readers: dict[str, list[str]] = {}
         self._unread = asyncio.Condition()
+        self._deletions = spool.path.parent / "deletions"
+        self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
 
     async def load(self) -> None:
@@ -56,6 +61,9 @@ class Bundles:
 
         for header, size in await self.in_thread(read):
             self._catalogue.put(_sealed_entry(header, size))
+        for zone, bundle_id in await self.in_thread(self._noted_deletions):
+            self._catalogue.hide(bundle_id)
+            self._begin(self._delete_noted(zone, bundle_id))
         for debris in await self.in_thread(lambda: list(self._store.debris())):
             try:
                 check_zone_name(debris.zone)
@@ -193,15 +201,53 @@ class Bundles:
         self._catalogue.hide(bundle_id)
         self._wake()
         if bundle_id in self._readers:
-            task = asyncio.get_running_loop().create_task(self._delete_unread(zone, bundle_id))
-            task.add_done_callback(lambda done: done.exception())
+            # Answered before it is done: it must not come back with the next start.
+            await self.in_thread(lambda: self._note_deletion(zone, bundle_id))
+            self._begin(self._delete_noted(zone, bundle_id))
             return
         await self._delete(zone, bundle_id)
 
-    async def _delete_unread(self, zone: str, bundle_id: str) -> None:
+    async def _delete_noted(self, zone: str, bundle_id: str) -> None:
         async with self._unread:
             await self._unread.wait_for(lambda: bundle_id not in self._readers)
         await self._delete(zone, bundle_id)
+        await self.in_thread(lambda: (self._deletions / bundle_id).unlink(missing_ok=True))
+
+    def _note_deletion(self, zone: str, bundle_id: str) -> None:
+        with store_errors(f"noting the deletion of bundle {bundle_id}"):
+            make_private_directory(self._deletions)
+            write_durably(self._deletions / bundle_id, zone.encode())
+
+    def _noted_deletions(self) -> tuple[tuple[str, str], ...]:
+        """The deletions that a former agent had answered and could not do while somebody read."""
+        try:
+            names = [name for name in os.listdir(self._deletions) if is_bundle_id(name)]
+        except FileNotFoundError:
+            return ()
+        return tuple(((self._deletions / name).read_text(), name) for name in names)
+
+    async def _reload(self) -> None:
+        """List what a directory has brought that has come, or come back."""
+
+        def read() -> list[tuple[Header, int]]:
+            return [(bundle.header, bundle.size) for bundle in self._store.stored()]
+
+        for header, size in await self.in_thread(read):
+            known = self._catalogue.known(header.metadata.bundle_id)
+            if known is None or known.is_debris:
+                self._catalogue.put(_sealed_entry(header, size))
+        # What was deleted while we read is not listed again.
+        await self.compare_with_store()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget_task)
+
+    def _forget_task(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("what was to be done behind an answer failed", reason=str(error))
 
     async def _delete(self, zone: str, bundle_id: str) -> None:
         try:
@@ -218,6 +264,8 @@ class Bundles:
     def on_sealer_event(self, event: dict[str, Any]) -> None:
         """Take what the sealer tells: progress, sealed, failed."""
         match event:
+            case {"stores": _}:
+                self._begin(self._reload())
             case {"progress": told}:
                 self._catalogue.update(told["id"], total=told["bytes_total"], sealed=told["bytes_sealed"])
             case {"sealed": told}:

@@ -81,6 +81,10 @@ class Catalogue:
             raise NoSuchBundleError(zone, bundle_id)
         return entry
 
+    def known(self, bundle_id: str) -> BundleEntry | None:
+        """As `get`, also of a bundle that is being deleted."""
+        return self._entries.get(bundle_id)
+
     def hide(self, bundle_id: str) -> None:
         """Unlist a bundle that is being deleted."""
         self._hidden.add(bundle_id)

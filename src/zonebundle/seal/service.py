@@ -12,6 +12,7 @@ To the agent; seconds and bytes:
     {"progress": {"id": …, "bytes_total": …, "bytes_sealed": …}}        at most ten times a second a bundle
     {"sealed": {"id": …, "header": the manifest's, "size": of the tar.gz, "seal_seconds": …, "gaps": …}}
     {"failed": {"id": …, "reason": …, "retry_in": …}}                   null: not tried again before the next start
+    {"stores": "changed"}                                               directories have come, or come back
     {"gone": {"id": …}}                                                 the entry was of a deleted bundle
     {"deleted": {"request": n, "freed": …}}  or  {"deleted": {"request": n, "error": …, "code": …}}
     {"answer": {"request": n, "result": …}}  or  {"answer": {"request": n, "error": …, "code": …}}
@@ -280,7 +281,8 @@ class Service:
     async def _catch_up(self) -> None:
         self._is_catching_up = True
         try:
-            await self._in_thread(self._asks, self._upkeep.catch_up)
+            if await self._in_thread(self._asks, self._upkeep.catch_up):
+                self._send({"stores": "changed"})
         except (ZoneBundleError, OSError) as error:
             _log.warning("store directories could not be brought up to date", reason=describe(error))
         finally:

@@ -160,15 +160,18 @@ class Upkeep:
             copied, deleted, problems = self._storage.stores.catch_up()
         return {"copied": copied, "deleted": deleted, "problems": problems}
 
-    def catch_up(self) -> None:
-        """What has to be done once: build a new index; bring directories that have come, or come back, up to date."""
+    def catch_up(self) -> bool:
+        """What has to be done once: build a new index; bring directories that have come, or come back, up to date.
+
+        Returns whether there was anything to be done.
+        """
         self._storage.usable()
         there = self._storage.stores.attendance()
         if there <= self._up_to_date or time.monotonic() < self._not_before:
             self._up_to_date &= there
-            return
+            return False
         if not self._catching_up.acquire(blocking=False):
-            return
+            return False
         try:
             with self._storage.stores.working():
                 self._storage.refresh()
@@ -183,6 +186,7 @@ class Upkeep:
         else:
             self._up_to_date = there
             self._pause = _FIRST_PAUSE
+        return True
 
     def ahead(self, zones: Sequence[dict[str, Any]], complete: bool, largest: int) -> dict[str, Any]:
         """Seal the rotated logs of zones that run, unless what is sealed fills the store already (see Ahead.run)."""
