@@ -139,8 +139,9 @@ def test_no_line_is_missing_in_silence(below: Path, kind: Kind, mode: str, leak_
 def test_no_line_of_big_logs_is_missing_in_silence(below: Path, kind: Kind, mode: str) -> None:
     # Several megabytes a file: copies take many chunks, and are hit by truncation in their midst.
     with _running(below, mode, seconds=0.15, width=2000) as zone:
-        tally = _stage_repeatedly(zone, kind, 20, disturbed=5)
-    assert tally.disturbed >= 5, f"the test tested nothing: {tally}"
+        # A staging by hard links is over in a moment: of a hundred, one meets a rotation.
+        tally = _stage_repeatedly(zone, kind, 20, disturbed=2)
+    assert tally.disturbed >= 2, f"the test tested nothing: {tally}"
     assert tally.told <= tally.stagings / 4, f"too many gave up: {tally}"
 
 

@@ -163,7 +163,7 @@ class Upkeep:
     def catch_up(self) -> bool:
         """What has to be done once: build a new index; bring directories that have come, or come back, up to date.
 
-        Returns whether there was anything to be done.
+        Returns whether one of several directories may have brought bundles.
         """
         self._storage.usable()
         there = self._storage.stores.attendance()
@@ -186,7 +186,7 @@ class Upkeep:
         else:
             self._up_to_date = there
             self._pause = _FIRST_PAUSE
-        return True
+        return len(self._storage.stores.directories) > 1
 
     def ahead(self, zones: Sequence[dict[str, Any]], complete: bool, largest: int) -> dict[str, Any]:
         """Seal the rotated logs of zones that run, unless what is sealed fills the store already (see Ahead.run)."""
