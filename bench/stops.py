@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import statistics
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.load import COMMAND, FILES, Row, write_logs
+from bench.load import COMMAND, FILES, Row, one_lock_gzip, write_logs
 from support.agents import AgentProcess
 from zonebundle.host import proc
 
@@ -39,7 +38,7 @@ def stops() -> Iterator[Row]:
         yield from _rows(new, "new logs")
         known = _measure(agent, names, keep=True)
         yield from _rows(known, "known logs")
-        old = _old_way(agent.directory / "zones" / names[0]) * ZONES
+        old = one_lock_gzip(sorted((agent.directory / "zones" / names[0] / "logs").iterdir())) * ZONES
         for result, which in ((new, "new logs"), (known, "known logs")):
             sooner = old / statistics.median(result.wall[True])
             yield Row(
@@ -119,11 +118,3 @@ def _cpu_seconds(agent: AgentProcess) -> float:
         if fields is not None:
             ticks += sum(int(field) for field in fields[11 : 15 if with_children else 13])
     return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _old_way(root: Path) -> float:
-    """Seconds to bundle one zone as Omicron does: one thread, tar with gzip's best level."""
-    begin = time.monotonic()
-    with tempfile.TemporaryFile() as file, tarfile.open(fileobj=file, mode="w:gz", compresslevel=9) as archive:
-        archive.add(root / "logs", "logs")
-    return time.monotonic() - begin

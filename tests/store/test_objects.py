@@ -17,8 +17,9 @@ from zonebundle.errors import DamagedError, StoreError
 from zonebundle.host import syscalls
 from zonebundle.host.files import write_all
 from zonebundle.store import objects
-from zonebundle.store.objects import Segments, SegmentStore
+from zonebundle.store.objects import SegmentStore
 from zonebundle.store.pieces import CHUNK, Run, deflate
+from zonebundle.store.segments import Segments
 
 
 @pytest.fixture

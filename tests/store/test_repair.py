@@ -23,9 +23,9 @@ from zonebundle.store import replicate
 from zonebundle.store.bundle import StoredBundle
 from zonebundle.store.check import Kind, Problem, Repaired, check_store, repair
 from zonebundle.store.check_bundle import find_faults
-from zonebundle.store.objects import Segments
 from zonebundle.store.pieces import CHUNK
 from zonebundle.store.reader import StoreReader
+from zonebundle.store.segments import Segments
 from zonebundle.store.store import Store
 from zonebundle.store.tombstones import Tombstones
 

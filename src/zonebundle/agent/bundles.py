@@ -55,12 +55,8 @@ class Bundles:
 
     async def load(self) -> None:
         """List what the store holds."""
-
-        def read() -> list[tuple[Header, int]]:
-            return [(bundle.header, bundle.size) for bundle in self._store.stored()]
-
-        for header, size in await self.in_thread(read):
-            self._catalogue.put(_sealed_entry(header, size))
+        for entry in await self.in_thread(self._stored):
+            self._catalogue.put(entry)
         for zone, bundle_id in await self.in_thread(self._noted_deletions):
             self._catalogue.hide(bundle_id)
             self._begin(self._delete_noted(zone, bundle_id))
@@ -226,16 +222,15 @@ class Bundles:
             return ()
         return tuple(((self._deletions / name).read_text(), name) for name in names)
 
+    def _stored(self) -> tuple[BundleEntry, ...]:
+        return tuple(_sealed_entry(bundle.header, bundle.size) for bundle in self._store.stored())
+
     async def _reload(self) -> None:
         """List what a directory has brought that has come, or come back."""
-
-        def read() -> list[tuple[Header, int]]:
-            return [(bundle.header, bundle.size) for bundle in self._store.stored()]
-
-        for header, size in await self.in_thread(read):
-            known = self._catalogue.known(header.metadata.bundle_id)
+        for entry in await self.in_thread(self._stored):
+            known = self._catalogue.known(entry.metadata.bundle_id)
             if known is None or known.is_debris:
-                self._catalogue.put(_sealed_entry(header, size))
+                self._catalogue.put(entry)
         # What was deleted while we read is not listed again.
         await self.compare_with_store()
 

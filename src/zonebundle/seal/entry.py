@@ -110,28 +110,29 @@ class SpoolEntry:
         }
         total = 0
         digest = blake3()
+        noted = None
         for number, line in self._lines():
             if number > 1:
                 digest.update(line)
+            else:
+                noted = decode_line(line).get("digest")
             if line.startswith(_FILE_LINE):
                 # Parsed when its turn comes; here it would only cost time.
                 total += _kept_bytes(line)
             elif number > 1:
                 self._parse(number, line, lambda data: [takes[kind](value) for kind, value in data.items()])
-        is_intact = self._is_intact(header, digest.digest())
+        is_intact = noted == record_digest(header, digest.digest(), self._outputs_digest())
         if not is_intact:
             # Better a bundle in doubt than none; what it tells is checked at each step.
             gaps.add(Gap("capture record", f"{self.path} has changed on the disk since it was written"))
         return Record(header, tuple(steps), gaps, tuple(outputs), tuple(areas), tuple(trees), total, is_intact)
 
-    def _is_intact(self, header: RecordHeader, lines: bytes) -> bool:
+    def _outputs_digest(self) -> bytes:
         outputs = blake3()
         with contextlib.suppress(FileNotFoundError), (self.path / OUTPUTS_FILE).open("rb") as file:
             while block := file.read(_BLOCK):
                 outputs.update(block)
-        with (self.path / RECORD_FILE).open("rb") as file:
-            noted = decode_line(file.readline(_LONGEST_LINE)).get("digest")
-        return bool(noted == record_digest(header, lines, outputs.digest()))
+        return outputs.digest()
 
     def read_header(self) -> RecordHeader:
         """The record's first line. Raises FormatError if it is damaged, OSError."""

@@ -64,8 +64,7 @@ class Upkeep:
             stores = self._storage.usable()
             doomed: list[list[str]] = []
             for store in stores:
-                used = self._used(store)
-                limit = usage(store.directory, self._quota).dataset_quota * storage_limit // 100
+                used, limit = self._measure(store, storage_limit)
                 if used > limit:
                     stock = _Stock(store)
                     plan = self._plan(stock, used, limit, priority, pinned)
@@ -91,10 +90,10 @@ class Upkeep:
             stores = self._storage.usable()
             rooms = []
             for store in stores:
-                gone, freed = self._clean_up(store, storage_limit, priority, set(pinned), among)
+                gone, freed, has_room = self._clean_up(store, storage_limit, priority, set(pinned), among)
                 removed += gone
                 dirs[str(store.directory)] = {"bundles": len(gone), "bytes": freed}
-                rooms.append(self._has_room(store, storage_limit))
+                rooms.append(has_room)
             self.has_room_for_ahead = all(rooms)
         return {"dirs": dirs, "removed": [list(bundle) for bundle in removed]}
 
@@ -105,15 +104,15 @@ class Upkeep:
         priority: Sequence[str],
         pinned: set[str],
         among: Collection[str] | None,
-    ) -> tuple[list[tuple[str, str]], int]:
-        before = self._used(store)
-        limit = usage(store.directory, self._quota).dataset_quota * percent // 100
+    ) -> tuple[list[tuple[str, str]], int, bool]:
+        """The bundles removed, the bytes freed, and whether there is room for seal-ahead."""
+        before, limit = self._measure(store, percent)
         if before <= limit:
-            return [], 0
+            return [], 0, before <= limit * _ROOM_FOR_AHEAD
         self.has_room_for_ahead = False
         store.sweep()
         stock = _Stock(store)
-        used = self._used(store)
+        used, _ = self._measure(store, percent)
         if among is not None:
             pinned |= {candidate.bundle_id for candidate in stock.candidates} - set(among)
         plan = self._plan(stock, used, limit, priority, pinned)
@@ -128,15 +127,16 @@ class Upkeep:
         store.remove_all(store.bundle_directory(zone, bundle_id) for zone, bundle_id in doomed)
         self._storage.stores.delete_all(doomed)
         store.remove_unreferenced(stock.digests_of(plan.segments))
-        return doomed, max(0, before - self._used(store))
+        after, limit = self._measure(store, percent)
+        return doomed, max(0, before - after), after <= limit * _ROOM_FOR_AHEAD
 
-    def _used(self, store: Store) -> int:
-        """Real bytes, without those that are removed when a hold on its way has ended: nobody must go for them too."""
-        return usage(store.directory, self._quota).bytes_used - store.segments.aside_bytes()
+    def _measure(self, store: Store, percent: int) -> tuple[int, int]:
+        """What a store uses, and may use: real bytes. Walks all of it.
 
-    def _has_room(self, store: Store, percent: int) -> bool:
-        limit = usage(store.directory, self._quota).dataset_quota * percent // 100
-        return self._used(store) <= limit * _ROOM_FOR_AHEAD
+        What is removed when a hold on its way has ended is not counted: nothing must go for it too.
+        """
+        measured = usage(store.directory, self._quota)
+        return measured.bytes_used - store.segments.aside_bytes(), measured.dataset_quota * percent // 100
 
     def _plan(self, stock: _Stock, used: int, limit: int, priority: Sequence[str], pinned: Collection[str]) -> Plan:
         index = self._storage.index

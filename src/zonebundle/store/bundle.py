@@ -21,7 +21,7 @@ from zonebundle.errors import DamagedError, NoSuchBundleError, NotFoundError
 from zonebundle.model.manifest import Entry, Header, decode_line, encode_line
 from zonebundle.model.paths import path_to_json, printable
 from zonebundle.store.failure import store_errors
-from zonebundle.store.objects import Segments
+from zonebundle.store.segments import Segments
 
 MANIFEST = "manifest.jsonl"
 FRAME = "frame"

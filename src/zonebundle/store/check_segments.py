@@ -25,8 +25,8 @@ from zonebundle.host.files import describe_kind
 from zonebundle.model.manifest import Piece
 from zonebundle.store.check_bundle import END_SIZE, FLUSH_END, NEXT_RAW, NEXT_RUN, unreadable
 from zonebundle.store.failure import store_errors
-from zonebundle.store.objects import Segments
 from zonebundle.store.segment import GZIP_HEADER
+from zonebundle.store.segments import Segments
 
 _READ = 1 << 20
 _NAME = re.compile(r"([0-9a-f]{64})\.gz")

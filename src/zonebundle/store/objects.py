@@ -13,9 +13,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from blake3 import blake3
@@ -27,55 +26,14 @@ from zonebundle.model.manifest import Piece
 from zonebundle.store.failure import explain, store_errors
 from zonebundle.store.pieces import CHUNK, Run, deflate
 from zonebundle.store.segment import build_segment
+from zonebundle.store.segments import DIGEST, PRUNED, TEMPORARY, Segments
 
-_TEMPORARY = "tmp"
-_PRUNED = "pruned"
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 # Up to this many files are made durable one by one. syncfs costs 26 ms for 500 segments where that costs 130 (ext4; on
 # btrfs 33 and 435), but it also writes out whatever else is dirty on the file system, however much that is.
 _SYNCED_ONE_BY_ONE = 64
 # Bytes after which the writing thread flushes by itself: a disk slower than the cores slows them down instead of
 # filling the memory with unwritten pages. (sync_file_range for each file costs more CPU than it wins time.)
 _UNWRITTEN = 64 << 20
-
-
-class Segments:
-    """Read access to the segments below `directory`; nothing needs to exist yet."""
-
-    def __init__(self, directory: Path) -> None:
-        self._root = str(directory)
-
-    def path(self, digest: str) -> str:
-        """Where the segment is, or would be."""
-        if not _DIGEST.fullmatch(digest):
-            raise DamagedError(
-                f"{digest[:80]!r} in a manifest is not a segment's digest; restore the bundle from a copy"
-            )
-        return f"{self._root}/{digest[:2]}/{digest}.gz"
-
-    def exists(self, digest: str) -> bool:
-        """Whether the segment is there; the bytes of one that is there are durable."""
-        return os.path.exists(self.path(digest))
-
-    def open(self, digest: str) -> int:
-        """A descriptor for reading, which the caller closes. Raises DamagedError if the segment is missing."""
-        path = self.path(digest)
-        try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise DamagedError(f"segment {path} is missing; restore it from a copy of the store") from None
-        except OSError as error:
-            raise explain(f"opening segment {path}", error) from error
-
-    def digests(self) -> Iterator[str]:
-        """The digest of every segment that is there."""
-        for first in os.listdir(self._root):
-            if first in (_TEMPORARY, _PRUNED):
-                continue
-            for name in os.listdir(f"{self._root}/{first}"):
-                digest = name.removesuffix(".gz")
-                if _DIGEST.fullmatch(digest):
-                    yield digest
 
 
 class SegmentStore(Segments):
@@ -86,13 +44,13 @@ class SegmentStore(Segments):
         super().__init__(directory)
         with store_errors(f"preparing {directory}"):
             make_private_directory(directory)
-            make_private_directory(directory / _TEMPORARY)
-            make_private_directory(directory / _PRUNED)
-            for name in os.listdir(directory / _TEMPORARY):
-                os.unlink(directory / _TEMPORARY / name)
+            make_private_directory(directory / TEMPORARY)
+            make_private_directory(directory / PRUNED)
+            for name in os.listdir(directory / TEMPORARY):
+                os.unlink(directory / TEMPORARY / name)
             # It stays open: syncfs reports write errors that happened since this descriptor was opened.
             self._descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._pruned = f"{self._root}/{_PRUNED}"
+        self._pruned = f"{self._root}/{PRUNED}"
         self._numbers = itertools.count()
         self._condition = threading.Condition()
         # Digest → temporary file: what the next flush commits, and what one is committing now.
@@ -251,7 +209,7 @@ class SegmentStore(Segments):
         """The segments that were set aside and neither put back nor dropped, also by an earlier writer."""
         with store_errors(f"listing {self._pruned}"):
             names = [name.removesuffix(".gz") for name in os.listdir(self._pruned)]
-        return [digest for digest in names if _DIGEST.fullmatch(digest)]
+        return [digest for digest in names if DIGEST.fullmatch(digest)]
 
     def aside_bytes(self) -> int:
         """Bytes on disk of what was set aside and not dropped yet."""
@@ -305,7 +263,7 @@ class SegmentStore(Segments):
             return False
 
     def _write(self, digest: str, data: bytes) -> None:
-        temporary = f"{self._root}/{_TEMPORARY}/{next(self._numbers)}"
+        temporary = f"{self._root}/{TEMPORARY}/{next(self._numbers)}"
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:

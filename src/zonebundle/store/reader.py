@@ -23,7 +23,7 @@ from zonebundle.model.ids import check_bundle_id, decode_zone_name, encode_zone_
 from zonebundle.model.manifest import Header
 from zonebundle.store.bundle import StoredBundle, load_bundle
 from zonebundle.store.failure import store_errors
-from zonebundle.store.objects import Segments
+from zonebundle.store.segments import Segments
 
 STORE_FORMAT = 1
 FORMAT = "format"

@@ -19,7 +19,7 @@ from zonebundle.host.files import sync_directory, write_all
 from zonebundle.store.bundle import FRAME, MANIFEST, StoredBundle, segments_in
 from zonebundle.store.check_bundle import find_faults
 from zonebundle.store.failure import explain, store_errors
-from zonebundle.store.objects import Segments
+from zonebundle.store.segments import Segments
 from zonebundle.store.store import Store
 
 _MANIFEST_DRAFT = "manifest.tmp"
