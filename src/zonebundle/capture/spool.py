@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import signal
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ import structlog
 
 from zonebundle.errors import FormatError, UsageError
 from zonebundle.host import proc, trace
-from zonebundle.host.files import make_private_directory, preallocate, remove_tree, sync_directory, write_durably
+from zonebundle.host.files import make_private_directory, remove_tree, sync_directory, write_durably
+from zonebundle.host.reserve import Reserve
 from zonebundle.model.ids import check_bundle_id
 from zonebundle.model.record import COMMANDS_FILE, INTENT_FILE, RECORD_FILE, Intent
 from zonebundle.model.zone import ProcessRef
@@ -24,6 +26,7 @@ _log = structlog.get_logger()
 
 _RESERVE = "reserve"
 _RESERVE_BYTES = 4 << 20
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Writes of different stops go out together, and the file system commits them together.
 _WRITERS = 32
 
@@ -43,13 +46,13 @@ class Spool:
 
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / "spool"
-        self._reserve = state_dir / _RESERVE
+        self._reserve = Reserve(state_dir / _RESERVE, _RESERVE_BYTES)
         self._threads = ThreadPoolExecutor(_WRITERS, thread_name_prefix="intent")
 
     def open(self) -> None:
         """Create the spool and the reserve, a little space that a full disk cannot take away."""
         make_private_directory(self.path)
-        self._refill_reserve()
+        self.refill_reserve()
 
     def entry(self, bundle_id: str) -> Path:
         return self.path / bundle_id
@@ -62,13 +65,15 @@ class Spool:
         trace.point("stop.accepted")
         entry = self.entry(intent.metadata.bundle_id)
         data = json.dumps(intent.to_json(), separators=(",", ":")).encode()
-        try:
-            self._write_entry(entry, data)
-        except OSError as error:
-            _log.warning("no space for an intent; using the reserve", reason=str(error))
-            with contextlib.suppress(FileNotFoundError):
-                self._reserve.unlink()
-            self._write_entry(entry, data)
+        while True:
+            try:
+                self._write_entry(entry, data)
+                break
+            except OSError as error:
+                # What is given back may be taken by whoever fills the disk: so a share at a time, until there is none.
+                if error.errno not in _NO_SPACE or not self._reserve.release():
+                    raise
+                _log.warning("no space for an intent; using the reserve", reason=str(error))
         trace.point("stop.intent-durable")
 
     def _write_entry(self, entry: Path, data: bytes) -> None:
@@ -117,9 +122,14 @@ class Spool:
                 ended += _end_command(line)
         return ended
 
-    def _refill_reserve(self) -> None:
+    @property
+    def is_reserve_spent(self) -> bool:
+        return self._reserve.is_spent
+
+    def refill_reserve(self) -> None:
+        """Take the reserve again that a full disk has cost, if there is the space by now."""
         try:
-            preallocate(self._reserve, _RESERVE_BYTES)
+            self._reserve.refill()
         except OSError as error:
             _log.warning("no space for the reserve: stops may not be recoverable", reason=str(error))
 

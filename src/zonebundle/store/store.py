@@ -23,12 +23,12 @@ from zonebundle.errors import ConflictError, NoSuchBundleError, StoreError
 from zonebundle.host import syscalls, trace
 from zonebundle.host.files import (
     make_private_directory,
-    preallocate,
     remove_temporaries,
     remove_tree,
     sync_directory,
     write_durably,
 )
+from zonebundle.host.reserve import Reserve
 from zonebundle.model.ids import decode_zone_name
 from zonebundle.store.bundle import DELETED, MANIFEST, StoredBundle, segments_in
 from zonebundle.store.failure import store_errors
@@ -55,6 +55,7 @@ class Store(StoreReader):
         self.segments = segments
         self.store_id = store_id
         self._lock = lock
+        self._reserve = Reserve(directory / _RESERVE, _RESERVE_BYTES)
         # Bundles of one zone share a directory, which a deletion removes when it is empty.
         self._directories = threading.Lock()
         # What a seal, or a copy, is writing.
@@ -224,14 +225,14 @@ class Store(StoreReader):
     def refill_reserve(self) -> None:
         """Keep a little space back, with which a bundle can be ended when there is no more; if there is that little."""
         try:
-            preallocate(self.directory / _RESERVE, _RESERVE_BYTES)
+            self._reserve.refill()
         except OSError as error:
             _log.warning("no space for the store's reserve", directory=str(self.directory), reason=error.strerror)
 
     def spend_reserve(self) -> None:
         """Free the space that was kept back."""
-        with store_errors(f"removing {self.directory / _RESERVE}"), contextlib.suppress(FileNotFoundError):
-            os.unlink(self.directory / _RESERVE)
+        with store_errors(f"freeing {self.directory / _RESERVE}"):
+            self._reserve.release_all()
 
     def publish(self, directory: Path, draft: str) -> None:
         """Commit a bundle: the file `draft` in its directory, durable as all the rest, becomes the manifest."""
