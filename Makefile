@@ -14,6 +14,8 @@ LOCK_VENV := .lock-venv
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check --require-virtualenv
 FROM_LOCK := --require-hashes --only-binary=:all:
 CODE := src tests $(wildcard bench)
+# Every test process would compile all tests again.
+export PYTHONDONTWRITEBYTECODE :=
 # Another umask would make an environment that only its builder, or everybody, can change.
 UMASK := umask 022
 

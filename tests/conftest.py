@@ -12,6 +12,7 @@ pytest.register_assert_rewrite("support")
 
 from support import containers, filesystems, leaks  # noqa: E402
 from support.containers import RuncBundle  # noqa: E402
+from support.flipping import Sample, make_sample  # noqa: E402
 from support.users import NOBODY, OrdinaryUser  # noqa: E402
 
 
@@ -111,6 +112,24 @@ def runc_bundle(rootfs: Path, tmp_path: Path) -> Iterator[Callable[..., RuncBund
                 pytest.skip(str(error))
 
         yield make
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    """A store with bundles of everything. It is shared: nothing may change it."""
+    return make_sample(tmp_path_factory.mktemp("original") / "store")
+
+
+@pytest.fixture
+def sample(original: Sample, tmp_path: Path) -> Sample:
+    """A store of its own for each test, to damage or to copy."""
+    return original.copy(tmp_path / "store")
+
+
+@pytest.fixture
+def twin(original: Sample, tmp_path: Path) -> Sample:
+    """Another store dir with the same bytes as `sample`."""
+    return original.copy(tmp_path / "twin")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ ZoneBundleError                 exit code 1, status 500
 ├── SnapshotError               a snapshot or a staging area failed
 ├── StoreError                  the store cannot be read or written
 │   ├── FullError               its file system, or a quota, has no space left
+│   ├── SilentError             its disk does not answer
 │   ├── FormatError             a store, spool or manifest of a newer or damaged format
 │   └── DamagedError            the bytes are not those that were written
 └── SealError                   a bundle could not be sealed
@@ -119,6 +120,10 @@ class StoreError(ZoneBundleError):
 
 
 class FullError(StoreError):
+    pass
+
+
+class SilentError(StoreError):
     pass
 
 

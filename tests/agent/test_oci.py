@@ -1,66 +1,19 @@
 """Containers that runc runs, as zones of a real agent."""
 
 import asyncio
-import contextlib
 import json
 import os
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import pytest
 
 from support import wait
 from support.agents import AgentProcess
 from support.containers import RuncBundle
 from support.misbehaving import BUDGET, check_misbehaved, sleepers, write_scripts
-
-MakeBundle = Callable[..., RuncBundle]
-
-# Relative paths would do as well: a container's first process starts in its root.
-TALKS = (
-    "trap 'echo last words >> /var/log/app.log; exit 0' TERM; "
-    "echo first words >> /var/log/app.log; while :; do sleep 0.05; done"
-)
-STUBBORN = "trap '' TERM; echo first words >> /var/log/app.log; while :; do sleep 0.05; done"
-APP_LOG = "logs/zone/var/log/app.log"
-LOGS = ["first words", "last words"]
-SECRET = b"the host's secret, not the container's"
-
-
-def settings(runc_root: Path, more: str = "", *, command: str = "runc", enabled: str = '"oci"') -> str:
-    return (
-        f"[runtimes]\nenabled = [{enabled}]\n"
-        f'[runtimes.oci]\ncommand = "{command}"\nroot = "{runc_root}"\n'
-        f'[evidence]\nstacks = "kernel"\n{more}\n'
-    )
-
-
-@pytest.fixture
-def container(runc_bundle: MakeBundle, agent: AgentProcess) -> RuncBundle:
-    """One that talks, configured in an agent that has not started; it runs when `run` is called."""
-    bundle = runc_bundle("sh", "-c", TALKS)
-    agent.settings = settings(bundle.state_dir)
-    return bundle
-
-
-def run(container: RuncBundle, log: str = "var/log/app.log") -> int:
-    """Run it until it writes; the PID of its first process on the host."""
-    pid = container.run()
-    wait.until(lambda: "first words" in container.exec("cat", f"/{log}", check=False), what="the container writes")
-    return pid
-
-
-def lines(data: bytes) -> list[str]:
-    return data.decode().splitlines()
-
-
-def bundle_of(told: dict[str, object]) -> str:
-    bundle = told["bundle"]
-    assert isinstance(bundle, dict)
-    return str(bundle["id"]["bundle_id"])
+from support.talking import APP_LOG, LOGS, STUBBORN, TALKS, bundle_of, lines, run, settings
+from support.zones import MakeBundle
 
 
 @pytest.mark.slow
@@ -131,45 +84,6 @@ async def test_ten_at_once(agent: AgentProcess, runc_bundle: MakeBundle) -> None
         assert lines(contents[APP_LOG]) == LOGS
         assert contents["logs/zone/var/log/app.log.1"] == f"of {number}\n".encode() * 50_000
         assert "ptree" in contents
-
-
-@pytest.mark.slow
-def test_logs_in_a_bind_mount(agent: AgentProcess, runc_bundle: MakeBundle, tmp_path: Path) -> None:
-    source = tmp_path / "kept logs"
-    source.mkdir()
-    (source / "app.log.1").write_bytes(b"rotated\n" * 1000)
-    mount = {"destination": "/var/log", "type": "bind", "source": str(source), "options": ["rbind", "rw"]}
-    container = runc_bundle("sh", "-c", TALKS, mounts=[mount])
-    (container.rootfs / "var/log/hidden.log").write_bytes(b"the mount hides it")
-    agent.settings = settings(container.state_dir)
-    run(container)
-    agent.start()
-    told = agent.stop_zone(container.id, remove="true")
-    assert told["gaps"] == 0, told
-    contents = agent.contents(container.id, bundle_of(told))
-    assert lines(contents[APP_LOG]) == LOGS
-    assert contents["logs/zone/var/log/app.log.1"] == b"rotated\n" * 1000
-    assert "logs/zone/var/log/hidden.log" not in contents
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("remove", [False, True])
-def test_logs_in_a_tmpfs_that_goes_with_the_container(
-    agent: AgentProcess, runc_bundle: MakeBundle, remove: bool
-) -> None:
-    mount = {"destination": "/var/log", "type": "tmpfs", "source": "tmpfs", "options": ["rw", "size=16m"]}
-    script = f"seq 100000 > /var/log/app.log.1; {TALKS}"
-    container = runc_bundle("sh", "-c", script, mounts=[mount])
-    agent.settings = settings(container.state_dir)
-    run(container)
-    agent.start()
-    told = agent.stop_zone(container.id, remove=remove)
-    assert told["gaps"] == 0, told
-    assert list((container.rootfs / "var/log").iterdir()) == []
-    contents = agent.contents(container.id, bundle_of(told))
-    # The descriptor outlives the container's mount: last words are there too.
-    assert lines(contents[APP_LOG]) == LOGS
-    assert lines(contents["logs/zone/var/log/app.log.1"]) == [str(number) for number in range(1, 100_001)]
 
 
 @pytest.mark.slow
@@ -265,101 +179,6 @@ def test_a_command_sees_the_inside(agent: AgentProcess, container: RuncBundle) -
     assert report["gaps"] == []
 
 
-def crash_during_stop(agent: AgentProcess, container: RuncBundle, point: str, *, remove: bool) -> None:
-    (container.rootfs / "var/log/app.log.1").write_bytes(b"rotated\n" * 100_000)
-    run(container)
-    agent.start(crash_at=point)
-    with contextlib.suppress(httpx.HTTPError):
-        agent.post(f"/zones/{container.id}/stop", remove=remove)
-    agent.wait_dead()
-
-
-def check_recovered(agent: AgentProcess, container: RuncBundle) -> dict[str, bytes]:
-    bundles = wait.until(lambda: agent.bundles(container.id), what="the bundle is listed")
-    assert len(bundles) == 1
-    bundle_id = bundles[0]["id"]["bundle_id"]
-    status = agent.wait_sealed(container.id, bundle_id)
-    contents = agent.contents(container.id, bundle_id)
-    assert lines(contents[APP_LOG]) == LOGS
-    assert contents["logs/zone/var/log/app.log.1"] == b"rotated\n" * 100_000
-    if "ptree" not in contents:
-        assert "probes" in {gap["what"] for gap in status["gaps"]}
-    else:
-        assert status["gaps"] == []
-    wait.until(lambda: agent.spool_entries() == [], what="the spool is empty")
-    left = [path for path in agent.directory.rglob("zb-*") if not path.is_relative_to(container.path)]
-    assert left == []
-    return contents
-
-
-def containers_known(container: RuncBundle) -> list[str]:
-    known = json.loads(container.runc("list", "-f", "json").stdout) or []
-    return [one["id"] for one in known]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "point",
-    [
-        "stop.intent-durable",
-        "stop.probed",
-        "stop.terminated",
-        "capture.staged",
-        "capture.record-durable",
-        "stop.removed",
-        "stop.released",
-    ],
-)
-def test_killed_during_a_stop_with_removal(agent: AgentProcess, container: RuncBundle, point: str) -> None:
-    crash_during_stop(agent, container, point, remove=True)
-    agent.start()
-    check_recovered(agent, container)
-    wait.until(lambda: containers_known(container) == [], what="the container is removed")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("point", ["stop.accepted", "stop.probed", "stop.terminated", "seal.manifest-written"])
-def test_killed_during_a_stop(agent: AgentProcess, container: RuncBundle, point: str) -> None:
-    crash_during_stop(agent, container, point, remove=False)
-    agent.start()
-    if point == "stop.accepted":
-        assert agent.zone_state(container.id) == "running"
-        assert agent.get(f"/zones/bundles/{container.id}").json() == []
-        assert agent.spool_entries() == []
-        return
-    check_recovered(agent, container)
-    wait.until(lambda: agent.zone_state(container.id) == "stopped", what="the stop is finished")
-    assert containers_known(container) == [container.id]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("remove", [False, True])
-def test_removed_behind_our_back_while_the_agent_was_dead(
-    agent: AgentProcess, container: RuncBundle, remove: bool
-) -> None:
-    crash_during_stop(agent, container, "stop.terminated", remove=remove)
-    container.delete()
-    agent.start()
-    contents = check_recovered(agent, container)
-    assert "ptree" not in contents
-    assert agent.get(f"/zones/{container.id}").status_code == 404
-
-
-@pytest.mark.slow
-def test_a_new_container_of_the_same_name_is_left_alone_by_recovery(agent: AgentProcess, container: RuncBundle) -> None:
-    crash_during_stop(agent, container, "stop.terminated", remove=True)
-    container.delete()
-    run(container)
-    log = container.rootfs / "var/log/app.log"
-    wait.until(lambda: log.read_text().count("first words") == 2, what="it writes again")
-    agent.start()
-    bundle_id = wait.until(lambda: agent.bundles(container.id), what="listed")[0]["id"]["bundle_id"]
-    status = agent.wait_sealed(container.id, bundle_id)
-    assert "overtaken" in {gap["what"] for gap in status["gaps"]}
-    assert container.state()["status"] == "running"
-    assert lines(agent.contents(container.id, bundle_id)[APP_LOG])[:2] == LOGS
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ['"process", "oci"', '"oci", "process"'])
 def test_without_runc_process_zones_go_on_working(agent: AgentProcess, tmp_path: Path, order: str) -> None:
@@ -390,47 +209,3 @@ def test_runc_alone_and_missing_is_told(agent: AgentProcess, tmp_path: Path) -> 
     answer = agent.get("/zones")
     assert answer.status_code == 503, answer.text
     assert "no-such-runc" in answer.json()["message"]
-
-
-@pytest.mark.slow
-def test_links_out_of_the_container_are_not_followed(
-    agent: AgentProcess, container: RuncBundle, tmp_path: Path
-) -> None:
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "secret.log").write_bytes(SECRET)
-    # Absolute links mean the container's root to the container, and the host's to whoever follows them here.
-    logs = container.rootfs / "var/log"
-    (logs / "final.log").symlink_to(outside / "secret.log")
-    (logs / "absolute").symlink_to(outside)
-    (logs / "relative").symlink_to(os.path.relpath(outside, logs))
-    (logs / "proc").symlink_to("/proc/self")
-    (logs / "loop").symlink_to(".")
-    os.mkfifo(logs / "fifo.log")
-    os.mknod(logs / "device.log", 0o600 | 0o020000, os.makedev(1, 5))
-    run(container)
-    agent.start()
-    told = agent.stop_zone(container.id)
-    contents = agent.contents(container.id, bundle_of(told))
-    assert not [name for name, data in contents.items() if SECRET in data]
-    assert [name for name in contents if name.startswith("logs/")] == [APP_LOG]
-    assert lines(contents[APP_LOG]) == LOGS
-
-
-@pytest.mark.slow
-def test_a_log_directory_that_is_a_link_out_of_the_container(
-    agent: AgentProcess, runc_bundle: MakeBundle, tmp_path: Path
-) -> None:
-    outside = tmp_path / "outside"
-    (outside / "log").mkdir(parents=True)
-    (outside / "log/secret.log").write_bytes(SECRET)
-    container = runc_bundle("sleep", "1000")
-    agent.settings = settings(container.state_dir)
-    subprocess.run(["rm", "-r", container.rootfs / "var"], check=True)
-    (container.rootfs / "var").symlink_to(outside)
-    container.run()
-    agent.start()
-    told = agent.stop_zone(container.id, grace="0s")
-    contents = agent.contents(container.id, bundle_of(told))
-    assert [name for name in contents if name.startswith("logs/")] == []
-    assert not [name for name, data in contents.items() if SECRET in data]

@@ -1,5 +1,6 @@
 """Several store directories, and what becomes of them while an agent runs."""
 
+import contextlib
 import random
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from support import filesystems
 from support.agents import AgentProcess
+from support.freezing import freezable
 from support.wait import until
 
 PAUSE = 30.0
@@ -155,3 +157,31 @@ def test_bundles_of_a_directory_that_comes_later_are_listed(agent: AgentProcess,
     away.rename(two[1])
     until(lambda: [one["id"]["bundle_id"] for one in agent.bundles("web")] == [made], timeout=PAUSE)
     until(lambda: are_equal(*two), timeout=PAUSE)
+
+
+@pytest.mark.slow
+def test_a_disk_that_hangs(agent: AgentProcess, tmp_path: Path) -> None:
+    """Stops are not held up by it, nor the start of the agent, for longer than some seconds."""
+    (tmp_path / "disk").mkdir()
+    with contextlib.ExitStack() as stack:
+        try:
+            disk = stack.enter_context(freezable(tmp_path / "disk"))
+        except filesystems.Unavailable as error:
+            pytest.skip(str(error))
+        agent.stores = [disk.store, tmp_path / "second"]
+        agent.add_zone("web")
+        agent.start()
+        stack.callback(agent.terminate)
+        made = [bundle(agent)]
+        stack.callback(disk.thaw)
+        disk.freeze()
+        made.append(bundle(agent, 1))
+        assert [one["id"]["bundle_id"] for one in agent.bundles("web")] == made
+        agent.terminate()
+        agent.start()
+        assert [one["id"]["bundle_id"] for one in agent.bundles("web")] == made
+        made.append(bundle(agent, 2))
+        assert not (disk.store / "bundles/web" / made[2]).exists()
+        disk.thaw()
+        until(lambda: are_equal(*agent.stores), timeout=PAUSE, what="the disk is brought up to date")
+        assert (disk.store / "bundles/web" / made[2]).exists()

@@ -1,4 +1,3 @@
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,18 +5,26 @@ from pathlib import Path
 import pytest
 
 from support.command import Command, Ran
-from support.fake_agent import FakeAgent, fake_agent
+from support.fake_agent import FakeAgent, FakeServer, fake_server
 from zonebundle.cli.main import run
 
 
-@pytest.fixture
-def agent() -> Iterator[FakeAgent]:
-    """A fake agent at its own socket."""
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeServer]:
+    """Where fake agents answer."""
     # pytest's own directories make paths that are too long for a socket.
-    directory = Path(tempfile.mkdtemp(prefix="zb-test-"))
-    with fake_agent(directory / "agent.sock") as fake:
-        yield fake
-    shutil.rmtree(directory)
+    with (
+        tempfile.TemporaryDirectory(prefix="zb-test-") as directory,
+        fake_server(Path(directory, "agent.sock")) as server,
+    ):
+        yield server
+
+
+@pytest.fixture
+def agent(server: FakeServer) -> Iterator[FakeAgent]:
+    """A fake agent, which answers at its socket."""
+    with server.answering() as agent:
+        yield agent
 
 
 @pytest.fixture

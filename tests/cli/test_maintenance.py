@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from support import fake_agent as fakes
 from support.command import Command
-from support.fake_agent import FakeAgent
+from support.fake_agent import FakeAgent, FakeServer
 
 pytestmark = pytest.mark.usefixtures("leak_check")
 
@@ -27,7 +27,7 @@ class Answers:
 
 
 @pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
+def answers(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> Answers:
     """Has fake agents of this test answer for clean-up and drain too."""
     answers = Answers()
     plain = fakes._app

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.command import Command, Ran
-from support.flipping import Sample, flip, make_sample
+from support.flipping import Sample, flip
 from support.stored import File, content, download, put, seal
 from zonebundle.cli.main import run
 from zonebundle.store.pieces import CHUNK
@@ -18,23 +18,6 @@ from zonebundle.store.store import Store
 from zonebundle.store.tombstones import Tombstones
 
 pytestmark = pytest.mark.usefixtures("leak_check")
-
-
-@pytest.fixture(scope="module")
-def _original(tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    return make_sample(tmp_path_factory.mktemp("original") / "store")
-
-
-@pytest.fixture
-def sample(_original: Sample, tmp_path: Path) -> Sample:
-    """A store of its own for each test."""
-    return _original.copy(tmp_path / "store")
-
-
-@pytest.fixture
-def twin(_original: Sample, tmp_path: Path) -> Sample:
-    """Another dir with the same bytes."""
-    return _original.copy(tmp_path / "twin")
 
 
 @pytest.fixture

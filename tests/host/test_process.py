@@ -33,9 +33,9 @@ _AGES = 60.0
 uvloop.new_event_loop().close()
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
+@pytest.fixture(params=[pytest.param("asyncio", marks=pytest.mark.slow), "uvloop"])
 def loop(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, Any]], Any]:
-    """A function that runs a coroutine in a fresh loop of each kind in turn."""
+    """A function that runs a coroutine in a fresh loop of each kind in turn; the agent has uvloop's."""
     factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
 
     def run_in_it(work: Coroutine[Any, Any, Any]) -> Any:

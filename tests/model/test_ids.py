@@ -25,6 +25,8 @@ def test_a_zone_is_one_directory_and_comes_back(name: str) -> None:
     assert os.path.basename(directory) == directory
     assert directory.isascii()
     assert not directory.startswith(".")
+    # What a file system takes as a name.
+    assert len(directory) <= 255
 
 
 @given(st.text(min_size=1))

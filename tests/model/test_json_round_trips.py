@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zonebundle.errors import FormatError
-from zonebundle.model.manifest import Entry, Header, Piece, encode_line
+from zonebundle.model.identity import FileIdentity
+from zonebundle.model.manifest import Entry, Header, Piece, digest_from_text, digest_to_text, encode_line
 from zonebundle.model.metadata import Cause, Metadata
 from zonebundle.model.record import (
     Area,
@@ -41,7 +42,8 @@ entries = st.builds(
     mode=st.integers(0, 0o7777),
     mtime_ns=st.integers(-(1 << 62), 1 << 62),
     pieces=st.just(()),
-    origin=st.dictionaries(st.sampled_from(["path", "ino"]), st.text()),
+    inode=_counts,
+    host_path=_raw_paths,
 ) | st.builds(
     Entry,
     path=_raw_paths,
@@ -51,7 +53,9 @@ entries = st.builds(
     cut=_counts,
 )
 metadata = st.builds(Metadata, st.text(), st.uuids().map(str), st.text(), st.sampled_from(Cause))
-headers = st.builds(Header, metadata, _seconds, _seconds, _counts, _counts, _counts)
+headers = st.builds(
+    Header, metadata, _seconds, _seconds, _counts, _counts, _counts, st.dictionaries(st.text(), _host_paths, max_size=3)
+)
 references = st.builds(ProcessRef, st.integers(1, 1 << 22), _counts)
 trees = st.builds(
     LogTree,
@@ -78,7 +82,17 @@ intents = st.builds(
     Intent, metadata, st.sampled_from(["stop", "create"]), zones, st.text(), grace=_seconds, remove=st.booleans()
 )
 parts = st.builds(Part, _counts, _counts, st.sampled_from(["staged", "live"]), st.integers(0, 9), st.text(), _counts)
-log_files = st.builds(
+
+
+def _identify(log: LogFile, told: tuple[int, int, int] | None) -> LogFile:
+    """With the identity, of which the log tells a part."""
+    if told is None:
+        return log
+    filesystem, born, ctime = told
+    return log._replace(identity=FileIdentity(filesystem, log.inode, born, log.size, log.mtime_ns, ctime))
+
+
+plain_logs = st.builds(
     LogFile,
     source=st.text(),
     path=_raw_paths,
@@ -89,7 +103,10 @@ log_files = st.builds(
     mtime_ns=st.integers(-(1 << 62), 1 << 62),
     inode=_counts,
     parts=st.lists(parts, max_size=3).map(tuple),
+    identity=st.none(),
+    pieces=st.lists(pieces, max_size=3).map(tuple),
 )
+log_files = st.builds(_identify, plain_logs, st.none() | st.tuples(_counts, _counts, _counts))
 snapshot_trees = st.builds(
     SnapshotTree,
     st.integers(0, 9),
@@ -144,11 +161,11 @@ def test_round_trip(case: str) -> None:
 
 
 @pytest.mark.parametrize("read", [Header.from_json, Intent.from_json, RecordHeader.from_json])
-@pytest.mark.parametrize("data", [{}, {"manifest": 2, "intent": 2, "record": 2}, {"manifest": "1", "intent": None}])
+@pytest.mark.parametrize("data", [{}, {"manifest": 3, "intent": 2, "record": 2}, {"manifest": "1", "intent": None}])
 def test_another_format_is_refused_with_a_line_that_says_what_to_do(
     read: Callable[[dict[str, Any]], Any], data: dict[str, Any]
 ) -> None:
-    with pytest.raises(FormatError, match=r"format .* is not 1.*newer"):
+    with pytest.raises(FormatError, match=r"format .* is not [12]: .*use (a newer zonebundle|that one)"):
         read(data)
 
 
@@ -170,3 +187,16 @@ def test_a_trace_has_an_event_for_every_step_in_whole_microseconds(made: list[St
 def test_a_stop_and_a_create_have_their_causes() -> None:
     assert metadata_for("web", "id", "now", "stop").cause is Cause.TERMINATED_INSTANCE
     assert metadata_for("web", "id", "now", "create").cause is Cause.EXPLICIT_REQUEST
+
+
+@given(_hex)
+def test_a_digest_has_43_characters(digest: str) -> None:
+    text = digest_to_text(digest)
+    assert len(text) == 43
+    assert digest_from_text(text) == digest_from_text(text.encode()) == digest
+
+
+@pytest.mark.parametrize("text", ["", "A" * 42, "A" * 44, "A" * 40 + "../", "A" * 42 + "é", "a" * 64, "A" * 42 + "="])
+def test_what_is_no_digest(text: str) -> None:
+    with pytest.raises(ValueError):
+        digest_from_text(text)

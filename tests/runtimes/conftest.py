@@ -33,7 +33,7 @@ async def containers(runc_bundle: MakeBundle, tmp_path: Path) -> AsyncIterator[C
                 await made.runtime.stop(zone, Grace(0))
 
 
-@pytest.fixture(params=["process", "oci"])
+@pytest.fixture(params=["process", pytest.param("oci", marks=pytest.mark.slow)])
 def zones(request: pytest.FixtureRequest) -> Zones:
     """Each runtime in turn."""
     fixture = {"process": "processes", "oci": "containers"}[request.param]

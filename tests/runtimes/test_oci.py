@@ -59,6 +59,7 @@ async def state(containers: Containers, name: str) -> str:
     return (await containers.find(name)).state
 
 
+@pytest.mark.slow
 async def test_its_commands_run_inside(containers: Containers) -> None:
     zone, _ = await with_processes(containers, containers.run(GRACEFUL), 5)
     done = await run([*zone.command_prefix, "hostname"], timeout=10, directory=zone.directory)
@@ -67,6 +68,7 @@ async def test_its_commands_run_inside(containers: Containers) -> None:
     assert done.output == b"-- -x\n"
 
 
+@pytest.mark.slow
 async def test_a_created_container_is_stopped_and_can_be_started(containers: Containers) -> None:
     bundle = containers.bundle("sleep", "1000")
     quietly(bundle, "create", "--bundle", str(bundle.path), bundle.id)
@@ -80,6 +82,7 @@ async def test_a_created_container_is_stopped_and_can_be_started(containers: Con
         await containers.runtime.remove(started)
 
 
+@pytest.mark.slow
 async def test_a_created_container_is_removed_with_its_waiting_process(containers: Containers) -> None:
     bundle = containers.bundle("sleep", "1000")
     quietly(bundle, "create", "--bundle", str(bundle.path), bundle.id)
@@ -90,6 +93,7 @@ async def test_a_created_container_is_removed_with_its_waiting_process(container
     assert await containers.runtime.find(bundle.id) is None
 
 
+@pytest.mark.slow
 async def test_one_started_again_has_a_supervisor_that_keeps_its_output_and_reaps_it(containers: Containers) -> None:
     zone, members = await running(containers, containers.make(GRACEFUL))
     init = zone.membership.roots[0]
@@ -103,6 +107,7 @@ async def test_one_started_again_has_a_supervisor_that_keeps_its_output_and_reap
     assert proc.read_stat(int(fields[proc.PARENT])) is None
 
 
+@pytest.mark.slow
 async def test_one_that_cannot_be_started_again_is_told_with_what_to_do(containers: Containers) -> None:
     name = containers.make(GRACEFUL)
     edit(containers.bundles[name], lambda config: config["process"].update(args=["/no/such/program"]))
@@ -111,6 +116,7 @@ async def test_one_that_cannot_be_started_again_is_told_with_what_to_do(containe
     assert await containers.runtime.find(name) is None
 
 
+@pytest.mark.slow
 async def test_a_paused_container_runs_and_is_stopped_gracefully(containers: Containers) -> None:
     zone, members = await with_processes(containers, containers.run(GRACEFUL), 5)
     containers.bundles[zone.name].runc("pause", zone.name)
@@ -121,6 +127,7 @@ async def test_a_paused_container_runs_and_is_stopped_gracefully(containers: Con
     assert await state(containers, zone.name) == "stopped"
 
 
+@pytest.mark.slow
 async def test_what_is_executed_into_it_belongs_to_it(containers: Containers) -> None:
     name = containers.run(STUBBORN)
     zone, _ = await with_processes(containers, name, 6)
@@ -134,6 +141,7 @@ async def test_what_is_executed_into_it_belongs_to_it(containers: Containers) ->
     assert living([inside]) == []
 
 
+@pytest.mark.slow
 async def test_without_a_pid_namespace_everything_in_the_cgroup_is_ended(containers: Containers) -> None:
     # Here the death of the first process ends nobody else.
     bundle = containers.bundle("sh", "-c", "setsid sleep 1000 & setsid sleep 1000 & exec sleep 1000")
@@ -146,6 +154,7 @@ async def test_without_a_pid_namespace_everything_in_the_cgroup_is_ended(contain
     assert await state(containers, bundle.id) == "stopped"
 
 
+@pytest.mark.slow
 async def test_what_outlives_its_first_process_is_ended_by_a_stop_of_that_life(containers: Containers) -> None:
     bundle = containers.bundle("sh", "-c", "setsid sleep 1000 & exec sleep 1000")
     edit(bundle, without_pid_namespace)
@@ -157,6 +166,7 @@ async def test_what_outlives_its_first_process_is_ended_by_a_stop_of_that_life(c
     assert living(members) == []
 
 
+@pytest.mark.slow
 async def test_a_cgroup_that_others_share_is_not_used(containers: Containers) -> None:
     shared = f"/zonebundle-test-shared-{os.getpid()}"
     names = []
@@ -191,6 +201,7 @@ async def test_a_life_after_is_told_from_the_one_before(containers: Containers) 
     assert await containers.runtime.find(name) is None
 
 
+@pytest.mark.slow
 async def test_a_container_that_was_deleted_by_force_is_no_error(containers: Containers) -> None:
     zone, members = await with_processes(containers, containers.run(GRACEFUL), 5)
     containers.bundles[zone.name].delete()
@@ -199,6 +210,7 @@ async def test_a_container_that_was_deleted_by_force_is_no_error(containers: Con
     assert living(members) == []
 
 
+@pytest.mark.slow
 async def test_logs_are_in_the_root_and_in_mounts_over_it(containers: Containers, tmp_path: Path) -> None:
     source = tmp_path / "logs of nginx"
     source.mkdir()
@@ -223,6 +235,7 @@ async def test_logs_are_in_the_root_and_in_mounts_over_it(containers: Containers
     assert Path(f"/proc/{init.pid}/root/{zone.logs[2].path}/a.log").read_text() == "words\n"
 
 
+@pytest.mark.slow
 async def test_a_damaged_configuration_does_not_prevent_a_stop(containers: Containers) -> None:
     name = containers.run(STUBBORN)
     bundle = containers.bundles[name]

@@ -1,17 +1,17 @@
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from support import leaks
+from support.ahead import Compressed, Host
+from support.linked import Linked, started
+from support.sealing import NEVER, Seal
 from support.spooled import INSTALLATION, Draft, SpoolDir
 from zonebundle.seal.sealer import Sealed, Sealer
 from zonebundle.seal.storage import Storage
 from zonebundle.seal.workers import Workers
 from zonebundle.snapshots.areas import destroy_area
-
-Seal = Callable[[Draft], Sealed]
 
 
 @pytest.fixture
@@ -36,9 +36,32 @@ def seal(sealer: Sealer) -> Seal:
     """Commits the record of a draft, and seals it."""
 
     def seal(draft: Draft) -> Sealed:
-        sealed = sealer.seal(draft.write(), lambda total, done: None, threading.Event())
+        sealed = sealer.seal(draft.write(), lambda total, done: None, NEVER)
         assert sealed is not None
         assert sealed.left == ""
         return sealed
 
     return seal
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    """A host on which logs are sealed ahead, that leaks nothing."""
+    with leaks.no_leaks():
+        host = Host(tmp_path)
+        yield host
+        host.close()
+
+
+@pytest.fixture
+def compressed(monkeypatch: pytest.MonkeyPatch) -> Compressed:
+    """What is compressed in this process from now on."""
+    return Compressed(monkeypatch)
+
+
+@pytest.fixture
+async def linked(at: SpoolDir) -> AsyncIterator[Linked]:
+    """A link to a sealer process, that leaks nothing."""
+    async with started(at) as linked:
+        yield linked
+    assert linked.link.pid is None

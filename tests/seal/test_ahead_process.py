@@ -68,7 +68,7 @@ def test_killed_while_it_seals(tmp_path: Path, point: str) -> None:
         sealer.send({"ask": ask(host.at, "gone", "web")})
         sealer.wait_crashed()
     seal_ahead(host.at, "web")
-    assert len(stored.check_segments(host.at.store)) == 5
+    assert len(stored.check_segments(host.at.store)) == 3
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_killed_while_it_removes(tmp_path: Path, point: str) -> None:
         sealer.send({"ask": ask(host.at, "web")})
         sealer.wait_crashed()
     seal_ahead(host.at, "web")
-    assert len(stored.check_segments(host.at.store)) == 5
+    assert len(stored.check_segments(host.at.store)) == 3
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from support.spooled import Draft, SpoolDir, log_lines
 from support.stored import check_clean, check_whole, download
 from zonebundle.errors import ConflictError, FullError, NoSuchBundleError, StoreError
 from zonebundle.model.quantities import format_size
+from zonebundle.store import open_stores
 from zonebundle.store import store as store_module
-from zonebundle.store import stores as stores_module
 from zonebundle.store.check import check_store
 from zonebundle.store.reader import StoreReader
 from zonebundle.store.store import prepare
@@ -41,7 +41,7 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores_module, "_PAUSE", 0.0)
+    monkeypatch.setattr(open_stores, "_PAUSE", 0.0)
 
 
 @pytest.fixture
@@ -248,7 +248,12 @@ def test_one_of_two_dirs_may_die_at_any_call(at: SpoolDir, number: int, place: s
     (other,) = [directory for directory in directories if directory.name != place]
     nth = reached = 0
     with leaks.no_leaks(), sealing(at.state, directories) as opened:
-        _warm_up(opened, at)
+        for directory in directories:
+            # Each has threads of its own.
+            opened.upkeep.drain(str(directory))
+            _warm_up(opened, at)
+            opened.upkeep.undrain(str(directory))
+        opened.upkeep.repair()
         while reached >= nth:
             nth += 1
             draft = _draft(at)

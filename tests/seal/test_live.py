@@ -1,6 +1,5 @@
 """Ranges that were not staged, read behind from logs that rotate, shrink and vanish meanwhile."""
 
-import json
 import os
 import threading
 from collections.abc import Callable
@@ -8,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from support.sealing import Seal
 from support.spooled import Draft, SpoolDir, log_lines
 from zonebundle.model.record import Part
 from zonebundle.seal import live
-from zonebundle.seal.sealer import Sealed, Sealer
+from zonebundle.seal.sealer import Sealer
 from zonebundle.store.pieces import CHUNK
 
-Seal = Callable[[Draft], Sealed]
 Change = Callable[[Path], object]
 
 SIZE = 3 * CHUNK + 5000
@@ -42,7 +41,7 @@ class Hold:
         return self.at.logs(self.draft)[b"zone/logs/app.log"]
 
     def gaps(self) -> list[str]:
-        gaps = json.loads(self.at.entries(self.draft)[b"report.json"][1])["gaps"]
+        gaps = self.at.report(self.draft)["gaps"]
         return [gap["reason"] for gap in gaps if gap["what"] == "logs/zone/logs/app.log"]
 
 

@@ -4,11 +4,12 @@ import contextlib
 import os
 import shutil
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from support.sealing import Seal
 from support.spooled import INSTALLATION, MTIME_NS, Draft, SpoolDir
 from zonebundle.host.files import open_root
 from zonebundle.model.ids import snapshot_name
@@ -19,12 +20,9 @@ from zonebundle.seal.areas import OpenAreas
 from zonebundle.seal.entry import SpoolEntry
 from zonebundle.seal.plan import PlannedLog, plan
 from zonebundle.seal.report import Gaps
-from zonebundle.seal.sealer import Sealed
 from zonebundle.snapshots.areas import prepare_area
 from zonebundle.snapshots.base import OpenTree
 from zonebundle.snapshots.btrfs import create_subvolume, take_btrfs
-
-Seal = Callable[[Draft], Sealed]
 
 
 class Snapshot:

@@ -1,12 +1,12 @@
 """Shared areas: a leader's snapshot lives exactly as long as somebody reads it."""
 
 import itertools
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from support.sealing import NEVER
 from support.spooled import INSTALLATION, Draft, SpoolDir
 from zonebundle.errors import SnapshotError
 from zonebundle.model.ids import snapshot_name
@@ -17,8 +17,6 @@ from zonebundle.seal.storage import Storage
 from zonebundle.seal.workers import Workers
 from zonebundle.snapshots.areas import Unlinked, destroy_area, prepare_area
 from zonebundle.store.reader import StoreReader
-
-NEVER = threading.Event()
 
 
 class Group:

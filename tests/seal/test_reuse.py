@@ -12,7 +12,7 @@ import pytest
 
 from support.spooled import INSTALLATION, Draft, SpoolDir, log_lines
 from zonebundle.model.ids import snapshot_name
-from zonebundle.model.record import Area, LogFile
+from zonebundle.model.record import Area, KnownLog, LogFile
 from zonebundle.model.zone import LogTree
 from zonebundle.seal import compress, reading
 from zonebundle.seal.sealer import Sealer
@@ -27,6 +27,9 @@ from zonebundle.store.pieces import CHUNK, Run
 
 OLD = 1_767_225_600
 KINDS = {"ext4": Kind.HARDLINK, "xfs": Kind.REFLINK, "btrfs": Kind.REFLINK, "tmpfs": Kind.COPY}
+ZONES = [*KINDS, *(f"{kind}-hinted" for kind in KINDS)]
+# Of each way to stage one.
+QUICK = ["ext4", "btrfs", "tmpfs-hinted"]
 
 
 class Zone:
@@ -88,8 +91,9 @@ class Zone:
                 durable=False,
                 known=self.hint,
             ):
-                if isinstance(item, LogFile):
+                if isinstance(item, LogFile | KnownLog):
                     draft.writer.add("file", item.to_json())
+                if isinstance(item, LogFile):
                     self.staged += sum(part.origin == "staged" for part in item.parts)
         finally:
             os.close(descriptor)
@@ -139,7 +143,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
     return Counts(monkeypatch)
 
 
-@pytest.fixture(params=[*KINDS, *(f"{kind}-hinted" for kind in KINDS)])
+@pytest.fixture(params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ZONES])
 def zone(request: pytest.FixtureRequest) -> Zone:
     kind, _, hinted = request.param.partition("-")
     zone = Zone(request.getfixturevalue(f"{kind}_dir"), KINDS[kind], hinted=bool(hinted))
@@ -240,6 +244,17 @@ def test_a_segment_that_is_gone_is_made_again(zone: Zone, counts: Counts) -> Non
     zone.age()
     # What the hold was told of is read at its place.
     assert counts.since(zone.bundle)[0] == total
+
+
+def test_small_logs_of_one_content_are_compressed_once(zone: Zone, counts: Counts) -> None:
+    for number in range(20):
+        zone.write(f"app.log.{number}", log_lines(7000, number % 2))
+    # The same chunk twice in one log, as well.
+    zone.write("big.log", log_lines(CHUNK, 3) * 2)
+    zone.age()
+    compressed, _ = counts.since(zone.bundle)
+    assert compressed == 2 * 7000 + CHUNK
+    assert len(zone.segments) == 2
 
 
 @pytest.mark.slow

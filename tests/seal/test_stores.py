@@ -3,27 +3,30 @@
 import contextlib
 import fcntl
 import os
+import signal
 import struct
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from support import leaks
 from support.filesystems import Unavailable, mounted
 from support.sealing import Sealing, sealing
-from support.spooled import Draft, SpoolDir, log_lines
-from support.stored import check_clean, check_whole, download
+from support.several import check_equal, draft_of, seal
+from support.spooled import INSTALLATION, Draft, SpoolDir
+from support.stored import check_whole
 from zonebundle.errors import NoSuchBundleError, StoreError
+from zonebundle.seal.link import SealerLink
 from zonebundle.seal.sealer import Sealed
-from zonebundle.store import replicate
+from zonebundle.store import open_stores, replicate
 from zonebundle.store import stores as stores_module
 from zonebundle.store.bundle import StoredBundle
-from zonebundle.store.check import check_store
 from zonebundle.store.reader import StoreReader
 from zonebundle.store.readers import StoreReaders
 from zonebundle.store.store import Store, prepare
@@ -33,6 +36,17 @@ SIZES = {"ext4": 64 * MEGABYTE, "xfs": 300 * MEGABYTE}
 TIMEOUT = 30.0
 _GOING_DOWN = 0x8004587D
 _WITHOUT_LOG = 2
+_NOTES_OPENING = """
+from zonebundle.store.store import Store
+log = open({!r}, "a", buffering=1)
+real = Store.open
+def noted(directory, *arguments, **options):
+    print(directory, file=log)
+    return real(directory, *arguments, **options)
+Store.open = noted
+from zonebundle.seal.__main__ import main
+main()
+"""
 
 
 @dataclass
@@ -78,7 +92,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
 @pytest.fixture
 def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SpoolDir:
     # A dir that failed is left alone until `come_back`: nothing here depends on the clock.
-    monkeypatch.setattr(stores_module, "_PAUSE", 1e6)
+    monkeypatch.setattr(open_stores, "_PAUSE", 1e6)
     (tmp_path / "host").mkdir()
     return SpoolDir(tmp_path / "host").make()
 
@@ -89,48 +103,11 @@ def dirs(request: pytest.FixtureRequest, at: SpoolDir, disk: Disk) -> list[Path]
     return [disk.store, at.store] if request.param == "first" else [at.store, disk.store]
 
 
-def draft_of(at: SpoolDir, seed: int) -> Draft:
-    draft = Draft(at)
-    draft.add_log(b"a.log", log_lines(300_000, seed))
-    draft.add_log(b"b.log", draft.bundle_id.encode() * 20)
-    draft.write()
-    os.utime(draft.entry / "capture.jsonl", (0, 0))
-    return draft
-
-
-def seal(opened: Sealing, draft: Draft, *, tries: int = 5) -> Sealed:
-    """As the service does: again, until nothing is left of it."""
-    for _ in range(tries):
-        with contextlib.suppress(StoreError):
-            sealed = opened.seal_again(draft.bundle_id)
-            if not sealed.left:
-                return sealed
-    raise AssertionError(f"{draft.bundle_id} could not be sealed")
-
-
 def come_back(opened: Sealing, disk: Disk) -> None:
     """The pause is over."""
     opened.upkeep.undrain(str(disk.point))
     opened.upkeep._not_before = 0.0
     opened.upkeep.catch_up()
-
-
-def check_equal(dirs: list[Path], drafts: list[Draft]) -> None:
-    """Every dir has these bundles and nothing else, byte for byte the same."""
-    found = []
-    for directory in dirs:
-        assert list(check_store(StoreReader.open(directory), deep=True)) == []
-        check_clean(directory)
-        assert list(directory.glob("tombstones/*")) == []
-        bundles = {bundle.header.metadata.bundle_id: bundle for bundle in StoreReader.open(directory).stored()}
-        for draft in drafts:
-            files = check_whole(bundles[draft.bundle_id])
-            assert {path: data for path, data in files.items() if path.startswith(b"logs/")} == {
-                b"logs/" + path: data for path, data in draft.expected.items()
-            }
-        found.append({bundle_id: download(bundle) for bundle_id, bundle in bundles.items()})
-    assert len(found[0]) == len(drafts)
-    assert all(other == found[0] for other in found)
 
 
 @pytest.mark.slow
@@ -227,6 +204,41 @@ def test_a_lost_disk_and_an_empty_one_in_its_place(at: SpoolDir, disk: Disk, dir
         opened.upkeep.prune()
         check_equal(dirs, [first, second])
     assert at.left() == []
+
+
+async def test_a_new_sealer_opens_nothing_that_is_drained(
+    at: SpoolDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, drained = tmp_path / "log", at.base / "store-2"
+    prepare(drained)
+    popen: Callable[..., Any] = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> Any:
+        module = command.index("-m")
+        return popen([*command[:module], "-c", _NOTES_OPENING.format(str(log)), *command[module + 2 :]], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    link = SealerLink(
+        state_dir=at.state,
+        store_dirs=[drained, at.store],
+        installation=INSTALLATION,
+        workers=1,
+        on_event=lambda event: None,
+    )
+    with leaks.no_leaks():
+        await link.start()
+        try:
+            assert len(await link.ask("utilization")) == 2
+            await link.drain(str(drained))
+            log.write_text("")
+            assert link.pid is not None
+            os.kill(link.pid, signal.SIGKILL)
+            assert list(await link.ask("utilization")) == [str(at.store)]
+            assert log.read_text().splitlines() == [str(at.store)]
+            await link.undrain(str(drained))
+            assert len(await link.ask("utilization")) == 2
+        finally:
+            await link.close()
 
 
 def test_a_slow_disk_holds_nobody_up(at: SpoolDir, monkeypatch: pytest.MonkeyPatch) -> None:

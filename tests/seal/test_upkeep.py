@@ -13,8 +13,8 @@ from support.sealing import Sealing, sealing
 from support.spooled import Draft, SpoolDir
 from support.stored import check_clean, check_whole
 from zonebundle.model.identity import FileIdentity
+from zonebundle.store import open_stores
 from zonebundle.store import store as store_module
-from zonebundle.store import stores as stores_module
 from zonebundle.store.reader import StoreReader
 from zonebundle.store.store import Store, prepare
 from zonebundle.store.usage import bytes_used
@@ -26,7 +26,7 @@ ORDER = ("time", "cause")
 @pytest.fixture
 def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SpoolDir:
     monkeypatch.setattr(store_module, "_RESERVE_BYTES", 4096)
-    monkeypatch.setattr(stores_module, "_PAUSE", 0.0)
+    monkeypatch.setattr(open_stores, "_PAUSE", 0.0)
     return SpoolDir(tmp_path).make()
 
 

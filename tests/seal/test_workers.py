@@ -1,10 +1,11 @@
+import contextlib
 import threading
 from collections.abc import Iterator
 
 import pytest
 
 from support import leaks, wait
-from zonebundle.seal.workers import Workers
+from zonebundle.seal.workers import GROUP, Group, Workers
 
 
 @pytest.fixture
@@ -107,3 +108,31 @@ def test_an_error_gives_its_turn_back(workers: Workers) -> None:
     for _ in range(20):
         with pytest.raises(ValueError, match="no"):
             workers.submit(fail).result(30)
+
+
+def test_a_group_has_room_for_four_chunks(workers: Workers) -> None:
+    with workers.group() as group:
+        for _ in range(2):
+            for _ in range(GROUP):
+                assert group.make_room()
+                group.chunks.append(b"chunk")
+            assert not group.make_room()
+            group.clear()
+            assert group.chunks == []
+
+
+def test_groups_of_all_bundles_share_the_memory_beyond_their_first_chunks(workers: Workers) -> None:
+    def gather(group: Group) -> int:
+        while group.make_room():
+            group.chunks.append(b"chunk")
+        return len(group.chunks)
+
+    with contextlib.ExitStack() as stack:
+        groups = [stack.enter_context(workers.group()) for _ in range(20)]
+        # Four jobs may be in flight, each of a group.
+        assert [gather(group) for group in groups] == [4] * 4 + [1] * 16
+        groups[0].clear()
+        assert [gather(group) for group in groups[1:3]] == [4, 4]
+        assert gather(groups[10]) == 4
+    with workers.group() as group:
+        assert gather(group) == 4

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support import leaks
-from support.flipping import Sample, bits, flip, make_sample
+from support.flipping import Sample, bits, flip
 from support.stored import CREATED, File, content, metadata, put, seal
 from zonebundle.errors import DamagedError, StoreError
 from zonebundle.store.check import Kind, Problem, check_store
@@ -34,17 +34,6 @@ NAMES = st.binary(min_size=1, max_size=120).filter(
 
 def check(directory: Path, *, deep: bool = False) -> list[Problem]:
     return list(check_store(StoreReader.open(directory), deep=deep))
-
-
-@pytest.fixture(scope="module")
-def _original(tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    return make_sample(tmp_path_factory.mktemp("original") / "store")
-
-
-@pytest.fixture
-def sample(_original: Sample, tmp_path: Path) -> Sample:
-    """A store of its own for each test."""
-    return _original.copy(tmp_path / "store")
 
 
 @pytest.mark.parametrize("deep", [False, True])

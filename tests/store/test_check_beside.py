@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from support.flipping import Sample, flip, make_sample
+from support.flipping import Sample, flip
 from support.stored import CREATED, File, add, content, metadata, put, seal
 from zonebundle.errors import NoSuchBundleError
 from zonebundle.model.manifest import Entry
@@ -27,17 +27,6 @@ pytestmark = pytest.mark.usefixtures("leak_check")
 
 def check(directory: Path, *, deep: bool = False) -> list[Problem]:
     return list(check_store(StoreReader.open(directory), deep=deep))
-
-
-@pytest.fixture(scope="module")
-def _original(tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    return make_sample(tmp_path_factory.mktemp("original") / "store")
-
-
-@pytest.fixture
-def sample(_original: Sample, tmp_path: Path) -> Sample:
-    """A store of its own for each test."""
-    return _original.copy(tmp_path / "store")
 
 
 @contextlib.contextmanager

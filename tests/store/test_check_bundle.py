@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from support.flipping import Sample, bits, flip, make_sample
+from support.flipping import Sample, bits, flip
 from support.stored import metadata, seal
 from zonebundle.store.bundle import StoredBundle
 from zonebundle.store.check import Kind, Problem, check_store
@@ -22,17 +22,6 @@ pytestmark = pytest.mark.usefixtures("leak_check")
 
 def check(directory: Path, *, deep: bool = False) -> list[Problem]:
     return list(check_store(StoreReader.open(directory), deep=deep))
-
-
-@pytest.fixture(scope="module")
-def _original(tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    return make_sample(tmp_path_factory.mktemp("original") / "store")
-
-
-@pytest.fixture
-def sample(_original: Sample, tmp_path: Path) -> Sample:
-    """A store of its own for each test."""
-    return _original.copy(tmp_path / "store")
 
 
 @pytest.mark.slow
@@ -154,11 +143,11 @@ def test_a_manifest_of_another_bundle(sample: Sample) -> None:
 def test_a_newer_manifest_says_what_to_do(sample: Sample) -> None:
     """Newer as a whole: the frame has a copy of it."""
     made = metadata()
-    with mock.patch("zonebundle.model.manifest.MANIFEST_FORMAT", 2), Store.open(sample.directory) as store:
+    with mock.patch("zonebundle.model.manifest.MANIFEST_FORMAT", 3), Store.open(sample.directory) as store:
         seal(store, [], made)
     (found,) = check(sample.directory)
     assert found.kind == Kind.MANIFEST
-    assert "written by a newer zonebundle; use that version" in found.what
+    assert "written by another version of zonebundle; use that one" in found.what
 
 
 def test_a_missing_frame(sample: Sample) -> None:

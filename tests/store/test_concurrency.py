@@ -17,8 +17,8 @@ from support.sealing import Sealing, sealing
 from support.spooled import Draft, SpoolDir
 from support.stored import check_clean, check_whole, content, download
 from zonebundle.errors import DamagedError, NoSuchBundleError, StoreError
+from zonebundle.store import open_stores
 from zonebundle.store import store as store_module
-from zonebundle.store import stores as stores_module
 from zonebundle.store.check import check_store
 from zonebundle.store.reader import StoreReader
 from zonebundle.store.store import prepare
@@ -160,7 +160,7 @@ class Storm:
 @pytest.mark.timeout(int(_SECONDS) + 200)
 def test_everything_beside_everything(tmpfs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "_RESERVE_BYTES", 4096)
-    monkeypatch.setattr(stores_module, "_PAUSE", 0.0)
+    monkeypatch.setattr(open_stores, "_PAUSE", 0.0)
     at = SpoolDir(tmpfs_dir).make()
     directories = [at.store, at.base / "store-2"]
     prepare(directories[1])

@@ -2,19 +2,15 @@
 
 import contextlib
 import errno
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from support import leaks, power
-from support.power import LOSSES, Changes, Crash, Loss
+from support.power import LOSSES, Crash, Failing, Loss, Place, Report
 from support.stored import File, check_clean, check_segments, check_whole, content, metadata, seal
 from zonebundle.errors import NoSuchBundleError, StoreError
-from zonebundle.host import trace
 from zonebundle.model.metadata import Metadata
 from zonebundle.store.reader import StoreReader
 from zonebundle.store.store import Store
@@ -34,11 +30,9 @@ POINTS = [
 
 
 @dataclass(frozen=True)
-class Scene:
+class Scene(Place):
     """A store with two bundles; a sealer is to make a third, and to delete the second, which shares a log with it."""
 
-    directory: Path
-    graveyard: Path
     kept: Metadata
     deleted: Metadata
     sealed: Metadata
@@ -63,7 +57,7 @@ class Scene:
             seal(store, cls.DELETED, scene.deleted)
         return scene
 
-    def play(self, report: Callable[[str], None]) -> None:
+    def play(self, report: Report) -> None:
         """What the sealer does until it crashes."""
         with Store.open(self.directory) as store:
             report("opened")
@@ -97,6 +91,10 @@ class Scene:
                 check_clean(self.directory)
             self.finish(store)
 
+    def check(self, crash: Crash) -> None:
+        self.check_read(crash)
+        self.check_recovered(crash)
+
     def finish(self, store: Store) -> None:
         """Seal and delete what is not yet; then the store is as if nothing had happened."""
         try:
@@ -115,34 +113,21 @@ class Scene:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_crash_before_every_change(tmp_path: Path, loss: Loss) -> None:
-    number = 0
-    killed = True
-    reached = set()
-    while killed:
-        number += 1
-        scene = Scene.make(tmp_path / str(number))
-        crash = power.crash(scene.play, scene.directory, scene.graveyard, number, loss)
-        scene.check_read(crash)
-        scene.check_recovered(crash)
-        reached.add(len(crash.reports))
-        killed = crash.killed
-    assert number > 30
-    assert reached == {0, 1, 2, 3}
+    crashes = power.crash_before_every_change(tmp_path, loss, Scene.make, Scene.play, Scene.check)
+    assert len(crashes) > 30
+    assert {len(crash.reports) for crash in crashes} == {0, 1, 2, 3}
 
 
-def _open(directory: Path, _: Callable[[str], None]) -> None:
-    Store.open(directory).close()
+def _open(place: Place, _: Report) -> None:
+    Store.open(place.directory).close()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_crash_before_every_change_of_the_recovery(tmp_path: Path, loss: Loss) -> None:
-    killed = True
-    number = 0
-    while killed:
-        number += 1
-        scene = Scene.make(tmp_path / str(number))
+    def make(base: Path) -> Scene:
+        scene = Scene.make(base)
         # The first crash is in the middle of the deletion, with a draft beside it.
         bundle = scene.directory / "bundles/web" / scene.deleted.bundle_id
         (bundle / "manifest.jsonl").rename(bundle / "manifest.deleted")
@@ -150,43 +135,33 @@ def test_a_crash_before_every_change_of_the_recovery(tmp_path: Path, loss: Loss)
         draft.mkdir(parents=True)
         (draft / "frame").write_bytes(b"half")
         (scene.directory / "segments/tmp/5").write_bytes(b"half")
-        crash = power.crash(partial(_open, scene.directory), scene.directory, scene.graveyard, number, loss)
-        crash = Crash(crash.killed, ["sealed"])
+        return scene
+
+    def check(scene: Scene, _: Crash) -> None:
         with Store.open(scene.directory) as store:
             assert [header.metadata for header in store.bundles()] == [scene.kept]
             scene.finish(store)
-        killed = crash.killed
-    assert number > 8
+
+    assert len(power.crash_before_every_change(tmp_path, loss, make, _open, check)) > 8
 
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_crash_at_every_trace_point(tmp_path: Path, point: str) -> None:
     scene = Scene.make(tmp_path / "scene")
-
-    def play(report: Callable[[str], None]) -> None:
-        name, _, count = point.partition(":")
-        trace._name, trace._left = name, int(count or 1)
-        scene.play(report)
-
-    crash = power.in_child(play)
-    assert crash.killed
-    scene.check_read(crash)
-    scene.check_recovered(crash)
+    scene.check(power.crash_at(point, scene.play))
 
 
 def test_a_crash_while_the_store_is_made(tmp_path: Path) -> None:
-    killed = True
-    number = 0
-    while killed:
-        number += 1
-        base = tmp_path / str(number)
+    def make(base: Path) -> Place:
         (base / "graveyard").mkdir(parents=True)
-        directory = base / "store"
-        crash = power.crash(partial(_open, directory), directory, base / "graveyard", number, "bytes")
-        killed = crash.killed
-        with Store.open(directory) as store:
+        return Place(base / "store", base / "graveyard")
+
+    def check(place: Place, _: Crash) -> None:
+        with Store.open(place.directory) as store:
             seal(store, [File(b"logs/a", b"a")])
-        check_clean(directory)
+        check_clean(place.directory)
+
+    power.crash_before_every_change(tmp_path, "bytes", make, _open, check)
 
 
 @pytest.mark.slow
@@ -195,44 +170,21 @@ def test_a_crash_while_the_store_is_made(tmp_path: Path) -> None:
 def test_an_error_of_every_change(tmp_path: Path, number: int) -> None:
     """The n-th change fails, once: the sealer gets a StoreError, and the store goes on with what it has."""
 
-    def fail(count: int) -> None:
-        if count == at:
-            raise OSError(number, os.strerror(number))
-
-    at = 0
-    while True:
-        at += 1
-        scene = Scene.make(tmp_path / str(at))
+    def play(scene: Scene, failing: Failing) -> None:
         reports: list[str] = []
-        changes = Changes(scene.directory, scene.graveyard, fail)
-        with leaks.no_leaks(), power.watched(changes):
-            try:
-                scene.play(reports.append)
-            except StoreError:
-                pass
-            except OSError as error:
-                raise AssertionError(f"the error of change {at} came through as it is") from error
-        scene.check_read(Crash(False, reports))
-        scene.check_recovered(Crash(False, reports))
-        if changes.count < at:
-            break
-    assert at > 30
+        with leaks.no_leaks(), failing(), contextlib.suppress(StoreError):
+            scene.play(reports.append)
+        scene.check(Crash(False, reports))
+
+    assert power.fail_every_change(tmp_path, number, Scene.make, play) > 30
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_error_of_every_change_and_the_same_sealer_goes_on(tmp_path: Path) -> None:
-    def fail(count: int) -> None:
-        if count == at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    at = 0
-    while True:
-        at += 1
-        scene = Scene.make(tmp_path / str(at))
-        changes = Changes(scene.directory, scene.graveyard, fail)
+    def play(scene: Scene, failing: Failing) -> None:
         with leaks.no_leaks(), Store.open(scene.directory) as store:
-            with power.watched(changes):
+            with failing():
                 with contextlib.suppress(StoreError):
                     seal(store, scene.SEALED, scene.sealed)
                 with contextlib.suppress(StoreError):
@@ -245,6 +197,5 @@ def test_an_error_of_every_change_and_the_same_sealer_goes_on(tmp_path: Path) ->
             scene.check_read(Crash(False, ["sealed"]))
         with Store.open(scene.directory) as store:
             scene.finish(store)
-        if changes.count < at:
-            break
-    assert at > 30
+
+    assert power.fail_every_change(tmp_path, errno.ENOSPC, Scene.make, play) > 30

@@ -11,7 +11,7 @@ from support import leaks
 from support.stored import CREATED, MTIME_NS, File, add, check_clean, check_whole, content, metadata, put, seal
 from zonebundle.errors import ConflictError, DamagedError, NoSuchBundleError, NotFoundError, StoreError
 from zonebundle.model.manifest import Entry
-from zonebundle.store.draft import BundleDraft
+from zonebundle.store.draft import BundleDraft, Origin
 from zonebundle.store.pieces import CHUNK
 from zonebundle.store.reader import StoreReader
 from zonebundle.store.store import Store
@@ -56,10 +56,42 @@ def test_a_bundle_is_visible_from_its_commit_on(store: Store) -> None:
         MTIME_NS,
         tuple(put(store, "another look", content(1, CHUNK + 1))),
         entries[b"logs/zone/a.log"].cut,
-        {"path": "x", "ino": 7},
+        7,
+        b"/srv/x",
     )
     check_whole(bundle)
     check_clean(store.directory)
+
+
+def test_where_logs_were_is_told_once_a_source(store: Store) -> None:
+    made = metadata()
+    odd = b"b\xff.log"
+    places = [
+        (b"logs/zone/a.log", Origin("/srv/web", b"a.log", 1)),
+        (b"logs/zone/" + odd, Origin("/srv/web", odd, 2)),
+        (b"logs/zone/log/e.log", Origin("/srv/web/log", b"e.log", 7)),
+        # From another directory of the same source, under another name, and as a second of one name.
+        (b"logs/zone/c.log", Origin("/mnt", b"c.log", 3)),
+        (b"logs/zone/d.log.from-9", Origin("/srv/web", b"d.log", 4)),
+        (b"logs/zone/a.log", Origin("/srv/web", b"a.log", 5)),
+        (b"logs/archive-1/a.log", Origin("/archive/web", b"a.log", 6)),
+    ]
+    with BundleDraft(store, made, CREATED) as draft:
+        for path, origin in places:
+            draft.add_log(path, 0, mode=0o600, mtime_ns=0, pieces=[], origin=origin)
+        header = draft.commit(hold_seconds=0, graceful_seconds=0, gaps=0)
+    assert header.sources == {"zone": "/srv/web", "archive-1": "/archive/web"}
+    bundle = store.find("web", made.bundle_id)
+    assert bundle.header == header
+    assert [(entry.inode, entry.host_path) for entry in bundle.entries()] == [
+        (1, b""),
+        (2, b""),
+        (7, b""),
+        (3, b"/mnt/c.log"),
+        (4, b"/srv/web/d.log"),
+        (5, b"/srv/web/a.log"),
+        (6, b""),
+    ]
 
 
 def test_only_the_owner_can_read_it(store: Store) -> None:
@@ -316,7 +348,7 @@ def test_a_hundred_thousand_entries_cost_little_memory(store: Store) -> None:
         (piece,) = put(store, made.bundle_id, b"a line of a log\n")
         for number in range(100_000):
             path = b"logs/zone/var/log/application/%06d/file.log" % number
-            draft.add_log(path, 16, mode=0o640, mtime_ns=MTIME_NS, pieces=[piece], origin={"path": "/x", "ino": number})
+            draft.add_log(path, 16, mode=0o640, mtime_ns=MTIME_NS, pieces=[piece], origin=Origin("/x", b"x", number))
         commit(draft)
     grown = _resident() - before
     bundle = store.find("web", made.bundle_id)

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from support.indexed import FILESYSTEM, STORES, check_nothing_wrong, digest, identity, piece, segment, small_files
+from support.indexed import (
+    FILESYSTEM,
+    STORES,
+    check_nothing_wrong,
+    digest,
+    find_piece,
+    identity,
+    piece,
+    segment,
+    small_files,
+)
 from zonebundle.errors import StoreError
 from zonebundle.model.identity import FileIdentity
 from zonebundle.model.manifest import Piece
@@ -15,18 +25,6 @@ from zonebundle.store import index_database
 from zonebundle.store.index import Index, KnownFile
 
 pytestmark = pytest.mark.usefixtures("leak_check")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "index.sqlite"
-
-
-@pytest.fixture
-def index(path: Path) -> Iterator[Index]:
-    index = Index.open(path, STORES)
-    yield index
-    index.close()
 
 
 def found(index: Index, inode: int) -> KnownFile | None:
@@ -39,22 +37,39 @@ def test_a_file_and_its_pieces_are_found(index: Index) -> None:
     assert found(index, 7) == KnownFile(identity(7), tuple(pieces))
     assert index.find_file(FILESYSTEM - 1, 7) is None
     assert found(index, 8) is None
-    assert index.find_piece(digest("content", 1), 1001) == piece(1, 1)
-    assert index.find_piece(digest("content", 1), 1002) is None
-    assert index.find_piece(digest("content", 3), 1003) is None
+    assert find_piece(index, digest("content", 1), 1001) == piece(1, 1)
+    assert find_piece(index, digest("content", 1), 1002) is None
+    assert find_piece(index, digest("content", 3), 1003) is None
+
+
+def test_many_files_and_contents_are_found_at_once(index: Index) -> None:
+    numbers = range(2000)
+    index.add(small_files(number for number in numbers if number % 3))
+    files = index.find_files((FILESYSTEM, number) for number in numbers)
+    assert files == {
+        (FILESYSTEM, known_as.inode): KnownFile(known_as, tuple(pieces))
+        for known_as, pieces in small_files(numbers)
+        if known_as.inode % 3
+    }
+    wanted = {digest("content", number): 1000 + number + (number % 5 == 0) for number in numbers}
+    assert index.find_pieces(wanted) == {
+        digest("content", number): piece(number // 10, number) for number in numbers if number % 3 and number % 5
+    }
+    assert index.find_files([]) == {}
+    assert index.find_pieces({}) == {}
 
 
 def test_a_repeated_piece_is_found_once_by_its_content(index: Index) -> None:
     index.add([(identity(7), [piece(2, 2, times=3)])], [piece(4, 4, times=9)])
-    assert index.find_piece(digest("content", 2), 1002) == piece(2, 2)
-    assert index.find_piece(digest("content", 4), 1004) == piece(4, 4)
+    assert find_piece(index, digest("content", 2), 1002) == piece(2, 2)
+    assert find_piece(index, digest("content", 4), 1004) == piece(4, 4)
 
 
-def test_the_files_are_private(path: Path, index: Index) -> None:
+def test_the_files_are_private(index_path: Path, index: Index) -> None:
     index.add([(identity(7), [piece(1)])])
-    for file in path.parent.iterdir():
+    for file in index_path.parent.iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert len(list(path.parent.iterdir())) == 3
+    assert len(list(index_path.parent.iterdir())) == 3
 
 
 def test_a_new_state_replaces_the_old_one(index: Index) -> None:
@@ -95,8 +110,8 @@ def test_pieces_of_a_damaged_manifest_are_left_out(index: Index) -> None:
         Piece(good.segment, 1 << 64, 1, 1, 1, good.blake3),
     ]
     index.rebuild([*bad, good])
-    assert index.find_piece(good.blake3, good.raw) == good
-    assert index.find_piece(good.blake3, 1) is None
+    assert find_piece(index, good.blake3, good.raw) == good
+    assert find_piece(index, good.blake3, 1) is None
     assert not index.is_broken
 
 
@@ -144,10 +159,10 @@ def test_forget_takes_everything_that_leads_there(index: Index) -> None:
     index.forget([segment(1), segment(77)])
     assert found(index, 1) is None
     assert found(index, 2) is not None
-    assert index.find_piece(digest("content", 9), 1009) is None
-    assert index.find_piece(digest("content", 2), 1002) == piece(2, 2)
+    assert find_piece(index, digest("content", 9), 1009) is None
+    assert find_piece(index, digest("content", 2), 1002) == piece(2, 2)
     # The same content in another segment stays findable.
-    assert index.find_piece(digest("content", 1), 1001) == piece(3, 1)
+    assert find_piece(index, digest("content", 1), 1001) == piece(3, 1)
 
 
 def test_forgetting_leaves_no_rows_behind(index: Index) -> None:
@@ -167,7 +182,7 @@ def test_a_log_of_many_pieces_that_grows(index: Index) -> None:
     assert found(index, 7) == KnownFile(identity(7, 3000), tuple(pieces))
     index.forget([segment(2000)])
     assert found(index, 7) is None
-    assert index.find_piece(pieces[1999].blake3, pieces[1999].raw) == pieces[1999]
+    assert find_piece(index, pieces[1999].blake3, pieces[1999].raw) == pieces[1999]
 
 
 def test_files_are_taken_as_they_come(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,35 +201,35 @@ def test_files_are_taken_as_they_come(index: Index, monkeypatch: pytest.MonkeyPa
     assert check_nothing_wrong(index, range(50)) == 50
 
 
-def test_it_is_there_after_a_restart(path: Path) -> None:
-    index = Index.open(path, STORES)
+def test_it_is_there_after_a_restart(index_path: Path) -> None:
+    index = Index.open(index_path, STORES)
     assert index.is_fresh
     index.add(small_files(range(100)))
     index.close()
-    index = Index.open(path, STORES)
+    index = Index.open(index_path, STORES)
     assert check_nothing_wrong(index, range(100)) == 100
     index.close()
 
 
-def test_it_is_fresh_until_it_was_rebuilt(path: Path) -> None:
+def test_it_is_fresh_until_it_was_rebuilt(index_path: Path) -> None:
     """A sealer that is killed while it rebuilds leaves an index that knows a part: the next one does it again."""
 
     def cut_short() -> Iterator[Piece]:
         yield piece(1, 1)
         raise KeyboardInterrupt
 
-    index = Index.open(path, STORES)
+    index = Index.open(index_path, STORES)
     with pytest.raises(KeyboardInterrupt):
         index.rebuild(cut_short())
     index.close()
-    index = Index.open(path, STORES)
+    index = Index.open(index_path, STORES)
     was_fresh = index.is_fresh
     index.rebuild([piece(1, 1), piece(1, 2)])
     assert (was_fresh, index.is_fresh) == (True, False)
     index.close()
-    index = Index.open(path, STORES)
+    index = Index.open(index_path, STORES)
     assert not index.is_fresh
-    assert index.find_piece(digest("content", 2), 1002) == piece(1, 2)
+    assert find_piece(index, digest("content", 2), 1002) == piece(1, 2)
     index.close()
 
 
@@ -222,27 +237,27 @@ def test_it_is_fresh_until_it_was_rebuilt(path: Path) -> None:
     ("stores", "is_kept"),
     [(["b", "a"], True), (["b", "x"], True), (["x"], False), ([], False)],
 )
-def test_the_stores_it_was_made_for(path: Path, stores: list[str], is_kept: bool) -> None:
-    index = Index.open(path, ["a", "b"])
+def test_the_stores_it_was_made_for(index_path: Path, stores: list[str], is_kept: bool) -> None:
+    index = Index.open(index_path, ["a", "b"])
     index.rebuild([piece(1)])
     index.close()
-    index = Index.open(path, stores)
+    index = Index.open(index_path, stores)
     assert index.is_fresh is not is_kept
-    assert (index.find_piece(digest("content", 0), 1000) is not None) is is_kept
+    assert (find_piece(index, digest("content", 0), 1000) is not None) is is_kept
     assert not index.is_broken
     index.close()
 
 
 @pytest.mark.parametrize("statement", ["PRAGMA user_version = 99", "CREATE TABLE more (x)", "DROP TABLE uses"])
-def test_another_version_is_made_anew(path: Path, statement: str) -> None:
-    index = Index.open(path, STORES)
+def test_another_version_is_made_anew(index_path: Path, statement: str) -> None:
+    index = Index.open(index_path, STORES)
     index.rebuild([piece(1)])
     index.close()
-    connection = sqlite3.connect(path)
+    connection = sqlite3.connect(index_path)
     connection.execute(statement)
     connection.close()
     with capture_logs() as logs:
-        index = Index.open(path, STORES)
+        index = Index.open(index_path, STORES)
     assert [log["event"] for log in logs] == ["the index is made anew"]
     assert index.is_fresh
     index.add(small_files(range(10)))
@@ -250,20 +265,20 @@ def test_another_version_is_made_anew(path: Path, statement: str) -> None:
     index.close()
 
 
-def test_a_closed_index_knows_nothing(path: Path) -> None:
-    index = Index.open(path, STORES)
+def test_a_closed_index_knows_nothing(index_path: Path) -> None:
+    index = Index.open(index_path, STORES)
     index.add(small_files(range(10)))
     index.close()
     index.close()
     assert found(index, 1) is None
     with pytest.raises(StoreError, match="is closed"):
         index.forget([segment(0)])
-    index = Index.open(path, STORES)
+    index = Index.open(index_path, STORES)
     assert found(index, 1) is not None
     index.close()
 
 
-def test_what_cannot_be_forgotten_is_an_error(index: Index, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_forgotten_is_an_error(index: Index, index_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: Path) -> None:
         raise PermissionError(30, "Read-only file system")
 
@@ -282,4 +297,4 @@ def test_what_cannot_be_forgotten_is_an_error(index: Index, path: Path, monkeypa
         with pytest.raises(StoreError, match="removing the broken index"):
             index.forget([segment(1)])
     index.forget([segment(0)])
-    assert list(path.parent.iterdir()) == []
+    assert list(index_path.parent.iterdir()) == []

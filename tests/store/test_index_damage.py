@@ -3,7 +3,7 @@
 import os
 import random
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,18 +17,6 @@ pytestmark = pytest.mark.usefixtures("leak_check")
 FILES = range(300)
 # A log of more pieces than a page holds.
 LONG = (identity(10**6), [piece(1000 + number, 1000 + number) for number in range(100)])
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "index.sqlite"
-
-
-@pytest.fixture
-def index(path: Path) -> Iterator[Index]:
-    index = Index.open(path, STORES)
-    yield index
-    index.close()
 
 
 def log_of(path: Path) -> Path:
@@ -103,62 +91,62 @@ def flipped(data: bytes, random_: random.Random) -> bytes:
     return bytes(changed)
 
 
-def test_images_are_whole_without_damage(path: Path, images: dict[str, bytes]) -> None:
-    path.write_bytes(images["closed"])
-    assert use(path) == len(FILES)
-    path.write_bytes(images["database"])
-    log_of(path).write_bytes(images["log"])
-    assert use(path) == len(FILES)
+def test_images_are_whole_without_damage(index_path: Path, images: dict[str, bytes]) -> None:
+    index_path.write_bytes(images["closed"])
+    assert use(index_path) == len(FILES)
+    index_path.write_bytes(images["database"])
+    log_of(index_path).write_bytes(images["log"])
+    assert use(index_path) == len(FILES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
-def test_flipped_bits(path: Path, images: dict[str, bytes], seed: int) -> None:
+def test_flipped_bits(index_path: Path, images: dict[str, bytes], seed: int) -> None:
     random_ = random.Random(seed)
     for _ in range(30):
-        path.write_bytes(flipped(images["closed"], random_))
-        use(path)
-        path.write_bytes(flipped(images["database"], random_))
-        log_of(path).write_bytes(flipped(images["log"], random_))
-        use(path)
+        index_path.write_bytes(flipped(images["closed"], random_))
+        use(index_path)
+        index_path.write_bytes(flipped(images["database"], random_))
+        log_of(index_path).write_bytes(flipped(images["log"], random_))
+        use(index_path)
 
 
 @pytest.mark.slow
-def test_a_truncated_database(path: Path, images: dict[str, bytes]) -> None:
+def test_a_truncated_database(index_path: Path, images: dict[str, bytes]) -> None:
     random_ = random.Random(1)
     for length in [0, 1, 100, 4096, *(random_.randrange(len(images["closed"])) for _ in range(30))]:
-        path.write_bytes(images["closed"][:length])
-        assert use(path) < len(FILES)
-        path.write_bytes(images["database"][:length])
-        log_of(path).write_bytes(images["log"][: random_.randrange(len(images["log"]))])
-        use(path)
+        index_path.write_bytes(images["closed"][:length])
+        assert use(index_path) < len(FILES)
+        index_path.write_bytes(images["database"][:length])
+        log_of(index_path).write_bytes(images["log"][: random_.randrange(len(images["log"]))])
+        use(index_path)
 
 
-def test_a_truncated_database_while_it_is_open(path: Path, index: Index) -> None:
+def test_a_truncated_database_while_it_is_open(index_path: Path, index: Index) -> None:
     fill(index)
     index.close()
-    index = Index.open(path, STORES)
-    subprocess.run(["truncate", "--size=8192", path], check=True)
+    index = Index.open(index_path, STORES)
+    subprocess.run(["truncate", "--size=8192", index_path], check=True)
     with capture_logs() as logs:
         assert check_nothing_wrong(index, FILES) == 0
         index.add(small_files(FILES))
         index.forget([segment(1)])
     assert index.is_broken and not index.is_fresh
     assert [log["event"] for log in logs] == ["the index failed; the next start makes it anew"]
-    assert list(path.parent.iterdir()) == []
+    assert list(index_path.parent.iterdir()) == []
     index.close()
 
 
 @pytest.mark.parametrize("cut", [0, None])
-def test_a_database_without_its_log_is_not_trusted(path: Path, tmp_path: Path, cut: int | None) -> None:
+def test_a_database_without_its_log_is_not_trusted(index_path: Path, tmp_path: Path, cut: int | None) -> None:
     """What is in the database alone may be from before the last `forget`."""
     (tmp_path / "copy").mkdir()
-    index = Index.open(path, STORES)
+    index = Index.open(index_path, STORES)
     fill(index)
     index.close()
-    index = Index.open(path, STORES)
+    index = Index.open(index_path, STORES)
     index.forget([segment(3)])
-    older = copy(path, tmp_path / "copy")
+    older = copy(index_path, tmp_path / "copy")
     if cut is None:
         log_of(older).unlink()
     else:
@@ -171,19 +159,19 @@ def test_a_database_without_its_log_is_not_trusted(path: Path, tmp_path: Path, c
 
 
 @pytest.mark.parametrize("suffixes", [[""], ["", "-wal", "-shm"], ["-wal"]])
-def test_deleted_while_it_is_open(path: Path, index: Index, suffixes: list[str]) -> None:
+def test_deleted_while_it_is_open(index_path: Path, index: Index, suffixes: list[str]) -> None:
     fill(index)
-    hint = IndexHint(path)
+    hint = IndexHint(index_path)
     assert len(hint.known(FILESYSTEM, FILES)) == len(FILES)
     for suffix in suffixes:
-        os.unlink(f"{path}{suffix}")
-    if not path.exists():
+        os.unlink(f"{index_path}{suffix}")
+    if not index_path.exists():
         assert hint.known(FILESYSTEM, FILES) == {}
     index.add(small_files(range(300, 400)))
     index.forget([segment(3)])
     check_nothing_wrong(index, range(400), forgotten=[3])
     index.close()
-    index = Index.open(path, STORES)
+    index = Index.open(index_path, STORES)
     assert not index.is_broken
     assert index.is_fresh is ("" in suffixes)
     check_nothing_wrong(index, range(400), forgotten=[3])
@@ -194,10 +182,10 @@ def test_deleted_while_it_is_open(path: Path, index: Index, suffixes: list[str])
     index.close()
 
 
-def test_leftovers_of_a_database_that_is_gone(path: Path, images: dict[str, bytes]) -> None:
-    log_of(path).write_bytes(images["log"])
-    path.with_name("index.sqlite-journal").write_bytes(b"x" * 5000)
-    index = Index.open(path, STORES)
+def test_leftovers_of_a_database_that_is_gone(index_path: Path, images: dict[str, bytes]) -> None:
+    log_of(index_path).write_bytes(images["log"])
+    index_path.with_name("index.sqlite-journal").write_bytes(b"x" * 5000)
+    index = Index.open(index_path, STORES)
     assert index.is_fresh and not index.is_broken
     assert check_nothing_wrong(index, FILES) == 0
     index.close()

@@ -20,20 +20,8 @@ TESTS = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "index.sqlite"
-
-
-@pytest.fixture
-def index(path: Path) -> Iterator[Index]:
-    index = Index.open(path, STORES)
-    yield index
-    index.close()
-
-
-@pytest.fixture
-def hint(path: Path) -> Iterator[IndexHint]:
-    hint = IndexHint(path)
+def hint(index_path: Path) -> Iterator[IndexHint]:
+    hint = IndexHint(index_path)
     yield hint
     hint.close()
 
@@ -69,28 +57,28 @@ def test_long_files_are_not_told(index: Index, hint: IndexHint) -> None:
     assert list(hint.known(FILESYSTEM, [1, 2])) == [1]
 
 
-def test_no_index_yet(path: Path, hint: IndexHint) -> None:
+def test_no_index_yet(index_path: Path, hint: IndexHint) -> None:
     assert hint.known(FILESYSTEM, [7]) == {}
-    assert list(path.parent.iterdir()) == []
-    index = Index.open(path, STORES)
+    assert list(index_path.parent.iterdir()) == []
+    index = Index.open(index_path, STORES)
     index.add([(identity(7), [piece(1)])])
     assert list(hint.known(FILESYSTEM, [7])) == [7]
     index.close()
 
 
-def test_no_sealer_any_more(path: Path, hint: IndexHint) -> None:
-    index = Index.open(path, STORES)
+def test_no_sealer_any_more(index_path: Path, hint: IndexHint) -> None:
+    index = Index.open(index_path, STORES)
     index.add([(identity(7), [piece(1)])])
     index.close()
     assert list(hint.known(FILESYSTEM, [7])) == [7]
 
 
-def test_an_index_made_anew_replaces_the_one_it_has_open(path: Path, hint: IndexHint) -> None:
-    index = Index.open(path, STORES)
+def test_an_index_made_anew_replaces_the_one_it_has_open(index_path: Path, hint: IndexHint) -> None:
+    index = Index.open(index_path, STORES)
     index.add([(identity(7), [piece(1)]), (identity(8), [piece(1)])])
     assert len(hint.known(FILESYSTEM, [7, 8])) == 2
     index.close()
-    index = Index.open(path, ["another"])
+    index = Index.open(index_path, ["another"])
     assert hint.known(FILESYSTEM, [7, 8]) == {}
     index.add([(identity(8, 1), [piece(2)])])
     assert hint.known(FILESYSTEM, [7, 8]) == {8: KnownFile(identity(8, 1), (piece(2),))}
@@ -98,16 +86,16 @@ def test_an_index_made_anew_replaces_the_one_it_has_open(path: Path, hint: Index
 
 
 @pytest.mark.parametrize("data", [b"", b"not a database" * 1000, b"SQLite format 3\0" + bytes(8000)])
-def test_a_foreign_file(path: Path, hint: IndexHint, data: bytes) -> None:
-    path.write_bytes(data)
+def test_a_foreign_file(index_path: Path, hint: IndexHint, data: bytes) -> None:
+    index_path.write_bytes(data)
     assert hint.known(FILESYSTEM, [7]) == {}
-    index = Index.open(path, STORES)
+    index = Index.open(index_path, STORES)
     index.add([(identity(7), [piece(1)])])
     assert list(hint.known(FILESYSTEM, [7])) == [7]
     index.close()
 
 
-def test_another_format_is_not_read(path: Path, index: Index, hint: IndexHint) -> None:
+def test_another_format_is_not_read(index_path: Path, index: Index, hint: IndexHint) -> None:
     index.add([(identity(7), [piece(1)])])
     assert index._connection is not None
     index._connection.execute("PRAGMA user_version = 2")
@@ -177,8 +165,8 @@ def wait_until_stopped(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_writer_stopped_in_a_transaction(path: Path, hint: IndexHint) -> None:
-    with writer(path, "itself") as process:
+def test_a_writer_stopped_in_a_transaction(index_path: Path, hint: IndexHint) -> None:
+    with writer(index_path, "itself") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         wait_until_stopped(process)
@@ -198,9 +186,9 @@ def newer(hint: IndexHint, size: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_writer_stopped_anywhere(path: Path, hint: IndexHint) -> None:
+def test_a_writer_stopped_anywhere(index_path: Path, hint: IndexHint) -> None:
     """One state of all files, whatever the writer is doing; and never nothing."""
-    with writer(path, "forever") as process:
+    with writer(index_path, "forever") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         state = -1
@@ -218,12 +206,12 @@ def test_a_writer_stopped_anywhere(path: Path, hint: IndexHint) -> None:
 
 
 @pytest.mark.slow
-def test_the_log_of_the_database_stays_small(path: Path, index: Index, hint: IndexHint) -> None:
+def test_the_log_of_the_database_stays_small(index_path: Path, index: Index, hint: IndexHint) -> None:
     """Beside hints that have it open, and whatever is written."""
     largest = 0
     for state in range(40):
         index.add([(identity(inode, state), [piece(state, inode)]) for inode in range(3000)])
         assert len(hint.known(FILESYSTEM, range(3000))) == 3000
-        largest = max(largest, os.stat(f"{path}-wal").st_size)
+        largest = max(largest, os.stat(f"{index_path}-wal").st_size)
     assert (16 << 20) < largest < (40 << 20)
-    assert os.stat(path).st_size > (16 << 20)
+    assert os.stat(index_path).st_size > (16 << 20)

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from support.indexed import FILESYSTEM, STORES, digest, identity, piece, segment
+from support.indexed import FILESYSTEM, STORES, digest, find_piece, identity, piece, segment
 from zonebundle.model.identity import FileIdentity
 from zonebundle.model.manifest import Piece
 from zonebundle.store.index import Index, IndexHint, KnownFile
@@ -111,7 +111,7 @@ class IndexAgainstDicts(RuleBasedStateMachine):
             assert self.hint.known(filesystem, INODES) == known
         for content in range(5):
             candidates = {piece for piece in self.pieces if piece.blake3 == digest("content", content)}
-            found = self.index.find_piece(digest("content", content), 1000 + content)
+            found = find_piece(self.index, digest("content", content), 1000 + content)
             assert found in candidates if candidates else found is None
 
     @invariant()

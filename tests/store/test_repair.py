@@ -1,10 +1,11 @@
 """What is damaged or missing in one store dir comes back from another, byte for byte, and what was deleted does not."""
 
+import contextlib
 import errno
 import os
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -12,11 +13,10 @@ from unittest import mock
 import pytest
 
 from support import leaks, power
-from support.flipping import Sample, bits, flip, make_sample
-from support.power import LOSSES, Changes, Crash, Loss
+from support.flipping import Sample, bits, flip
+from support.power import LOSSES, Crash, Failing, Loss, Place, Report
 from support.stored import File, check_clean, content, metadata, seal
 from zonebundle.errors import StoreError
-from zonebundle.host import trace
 from zonebundle.model.metadata import Metadata
 from zonebundle.store import check as check_module
 from zonebundle.store import replicate
@@ -30,23 +30,6 @@ from zonebundle.store.store import Store
 from zonebundle.store.tombstones import Tombstones
 
 pytestmark = pytest.mark.usefixtures("leak_check")
-
-
-@pytest.fixture(scope="module")
-def _original(tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    return make_sample(tmp_path_factory.mktemp("original") / "store")
-
-
-@pytest.fixture
-def sample(_original: Sample, tmp_path: Path) -> Sample:
-    """The store to damage, one of its own for each test."""
-    return _original.copy(tmp_path / "store")
-
-
-@pytest.fixture
-def twin(_original: Sample, tmp_path: Path) -> Sample:
-    """The other dir, with the same bytes."""
-    return _original.copy(tmp_path / "twin")
 
 
 def mend(sample: Sample, *others: Sample, deep: bool = False) -> list[Repaired | Problem]:
@@ -257,18 +240,16 @@ def test_a_frame_that_only_differs_and_cannot_be_replaced_is_told(sample: Sample
 
 
 @dataclass(frozen=True)
-class Scene:
+class Scene(Place):
     """Two dirs, of which the first lacks a bundle, has a damaged segment, manifest and frame, and one to delete."""
 
-    directory: Path
     twin: Path
-    graveyard: Path
     deleted: Metadata
 
     @classmethod
     def make(cls, base: Path) -> "Scene":
         (base / "graveyard").mkdir(parents=True)
-        scene = cls(base / "store", base / "twin", base / "graveyard", metadata("gone"))
+        scene = cls(base / "store", base / "graveyard", base / "twin", metadata("gone"))
         made = [metadata(zone) for zone in ("a", "b", "c")]
         with Store.open(scene.twin) as store:
             for number, each in enumerate(made):
@@ -284,14 +265,22 @@ class Scene:
         flip(scene.directory / "bundles/c" / made[2].bundle_id / "frame", 8 * 60)
         return scene
 
-    def play(self, report: Callable[[str], None]) -> None:
+    def play(self, report: Report) -> None:
         """What `verify --repair` does until it crashes."""
         with Store.open(self.directory) as store:
             for found in repair(store, [StoreReader.open(self.twin)], Tombstones([self.twin])):
                 report(f"{type(found).__name__} {found.path}")
 
-    def check(self) -> None:
-        """The next one ends the work."""
+    def check(self, crash: Crash) -> None:
+        """What was reported as mended is whole, whatever happened since; the next one ends the work."""
+        mended = {report.removeprefix("Repaired ") for report in crash.reports}
+        damaged = {
+            str(place)
+            for problem in check_store(StoreReader.open(self.directory))
+            if problem.is_damage and problem.kind != Kind.AFFECTED
+            for place in (problem.path, problem.path.parent)
+        }
+        assert not mended & damaged
         reports: list[str] = []
         self.play(reports.append)
         assert [report for report in reports if not report.startswith("Repaired")] == []
@@ -317,45 +306,14 @@ class Scene:
 )
 def test_a_crash_at_every_trace_point(tmp_path: Path, point: str) -> None:
     scene = Scene.make(tmp_path / "scene")
-
-    def play(report: Callable[[str], None]) -> None:
-        name, _, count = point.partition(":")
-        trace._name, trace._left = name, int(count or 1)
-        scene.play(report)
-
-    crash = power.in_child(play)
-    assert crash.killed
-    check_only_better(scene, crash)
-    scene.check()
-
-
-def check_only_better(scene: Scene, crash: Crash) -> None:
-    """What was reported as mended is whole, whatever happened since."""
-    mended = {report.removeprefix("Repaired ") for report in crash.reports}
-    damaged = {
-        str(place)
-        for problem in check_store(StoreReader.open(scene.directory))
-        if problem.is_damage and problem.kind != Kind.AFFECTED
-        for place in (problem.path, problem.path.parent)
-    }
-    assert not mended & damaged
+    scene.check(power.crash_at(point, scene.play))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_crash_before_every_change(tmp_path: Path, loss: Loss) -> None:
-    number = 0
-    killed = True
-    while killed:
-        number += 1
-        scene = Scene.make(tmp_path / str(number))
-        crash = power.crash(scene.play, scene.directory, scene.graveyard, number, loss)
-        check_only_better(scene, crash)
-        scene.check()
-        killed = crash.killed
-        shutil.rmtree(tmp_path / str(number))
-    assert number > 40
+    assert len(power.crash_before_every_change(tmp_path, loss, Scene.make, Scene.play, Scene.check)) > 40
 
 
 @pytest.mark.slow
@@ -363,24 +321,10 @@ def test_a_crash_before_every_change(tmp_path: Path, loss: Loss) -> None:
 def test_an_error_of_every_change(tmp_path: Path) -> None:
     """The n-th change fails, once: what it was for stays a problem, or the repair ends with a StoreError."""
 
-    def fail(count: int) -> None:
-        if count == at:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    def play(scene: Scene, failing: Failing) -> None:
+        reports: list[str] = []
+        with leaks.no_leaks(), failing(), contextlib.suppress(StoreError):
+            scene.play(reports.append)
+        scene.check(Crash(False, reports))
 
-    at = 0
-    while True:
-        at += 1
-        scene = Scene.make(tmp_path / str(at))
-        changes = Changes(scene.directory, scene.graveyard, fail)
-        with leaks.no_leaks(), power.watched(changes):
-            try:
-                scene.play(lambda _: None)
-            except StoreError:
-                pass
-            except OSError as error:
-                raise AssertionError(f"the error of change {at} came through as it is") from error
-        scene.check()
-        shutil.rmtree(tmp_path / str(at))
-        if changes.count < at:
-            break
-    assert at > 40
+    assert power.fail_every_change(tmp_path, errno.EIO, Scene.make, play) > 40

@@ -1,7 +1,7 @@
 """A bundle is brought into another store dir as it is, whole or not at all."""
 
+import contextlib
 import errno
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +10,10 @@ from unittest import mock
 import pytest
 
 from support import leaks, power
-from support.flipping import Sample, bits, flip, make_sample
-from support.power import LOSSES, Changes, Crash, Loss
+from support.flipping import Sample, bits, flip
+from support.power import LOSSES, Crash, Failing, Loss, Place, Report
 from support.stored import File, check_clean, check_whole, content, download, metadata, put, seal
 from zonebundle.errors import DamagedError, NoSuchBundleError, StoreError
-from zonebundle.host import trace
 from zonebundle.model.metadata import Metadata
 from zonebundle.store import replicate
 from zonebundle.store.bundle import StoredBundle, segments_in
@@ -25,17 +24,6 @@ from zonebundle.store.replicate import copy_bundle
 from zonebundle.store.store import Store
 
 pytestmark = pytest.mark.usefixtures("leak_check")
-
-
-@pytest.fixture(scope="module")
-def _original(tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    return make_sample(tmp_path_factory.mktemp("original") / "store")
-
-
-@pytest.fixture
-def sample(_original: Sample, tmp_path: Path) -> Sample:
-    """The store to copy from, one of its own for each test."""
-    return _original.copy(tmp_path / "store")
 
 
 @pytest.fixture
@@ -169,12 +157,10 @@ def test_what_the_target_had_before_stays_when_a_copy_fails(sample: Sample, targ
 
 
 @dataclass(frozen=True)
-class Scene:
+class Scene(Place):
     """Two stores: the second gets the first one's bundle, of which it has a log already."""
 
     source: Path
-    directory: Path
-    graveyard: Path
     copied: Metadata
     kept: Metadata
 
@@ -184,14 +170,14 @@ class Scene:
     @classmethod
     def make(cls, base: Path) -> "Scene":
         (base / "graveyard").mkdir(parents=True)
-        scene = cls(base / "source", base / "target", base / "graveyard", metadata("other"), metadata())
+        scene = cls(base / "target", base / "graveyard", base / "source", metadata("other"), metadata())
         with Store.open(scene.source) as store:
             seal(store, cls.COPIED, scene.copied)
         with Store.open(scene.directory) as store:
             seal(store, cls.KEPT, scene.kept)
         return scene
 
-    def play(self, report: Callable[[str], None]) -> None:
+    def play(self, report: Report) -> None:
         """What the sealer does until it crashes."""
         with Store.open(self.directory) as store:
             report("opened")
@@ -229,32 +215,16 @@ class Scene:
 )
 def test_a_crash_at_every_trace_point(tmp_path: Path, point: str) -> None:
     scene = Scene.make(tmp_path / "scene")
-
-    def play(report: Callable[[str], None]) -> None:
-        trace._name, trace._left = point, 1
-        scene.play(report)
-
-    crash = power.in_child(play)
-    assert crash.killed
-    scene.check(crash)
+    scene.check(power.crash_at(point, scene.play))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_crash_before_every_change(tmp_path: Path, loss: Loss) -> None:
-    number = 0
-    killed = True
-    reached = set()
-    while killed:
-        number += 1
-        scene = Scene.make(tmp_path / str(number))
-        crash = power.crash(scene.play, scene.directory, scene.graveyard, number, loss)
-        scene.check(crash)
-        reached.add(len(crash.reports))
-        killed = crash.killed
-    assert number > 15
-    assert reached == {0, 1, 2}
+    crashes = power.crash_before_every_change(tmp_path, loss, Scene.make, Scene.play, Scene.check)
+    assert len(crashes) > 15
+    assert {len(crash.reports) for crash in crashes} == {0, 1, 2}
 
 
 @pytest.mark.slow
@@ -263,27 +233,13 @@ def test_a_crash_before_every_change(tmp_path: Path, loss: Loss) -> None:
 def test_an_error_of_every_change(tmp_path: Path, number: int) -> None:
     """The n-th change fails, once: a StoreError, no trace, and the next try succeeds."""
 
-    def fail(count: int) -> None:
-        if count == at:
-            raise OSError(number, os.strerror(number))
-
-    at = 0
-    while True:
-        at += 1
-        scene = Scene.make(tmp_path / str(at))
-        changes = Changes(scene.directory, scene.graveyard, fail)
+    def play(scene: Scene, failing: Failing) -> None:
         with leaks.no_leaks(), Store.open(scene.directory) as store:
-            with power.watched(changes):
-                try:
-                    scene.copy(store)
-                except StoreError:
-                    pass
-                except OSError as error:
-                    raise AssertionError(f"the error of change {at} came through as it is") from error
+            with failing(), contextlib.suppress(StoreError):
+                scene.copy(store)
             scene.check_read(Crash(False, []))
             scene.copy(store)
             scene.check_read(Crash(False, ["copied"]))
-        if changes.count < at:
-            break
         scene.check(Crash(False, ["copied"]))
-    assert at > 15
+
+    assert power.fail_every_change(tmp_path, number, Scene.make, play) > 15

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from support import leaks
 from support.stored import CREATED, File, add, check_clean, check_segments, check_whole, content, metadata, put, seal
 from zonebundle.errors import ConflictError, DamagedError, FormatError, NoSuchBundleError, StoreError, UsageError
+from zonebundle.model.manifest import digest_to_text
 from zonebundle.model.metadata import Metadata
+from zonebundle.store.bundle import segments_in
 from zonebundle.store.draft import BundleDraft
 from zonebundle.store.pieces import CHUNK
 from zonebundle.store.reader import StoreReader
@@ -125,8 +127,8 @@ def test_a_damaged_bundle_does_not_hide_the_others_and_can_be_deleted(directory:
         damaged = [make(store, 2 + number) for number in range(4)]
         paths = [store.find("web", made.bundle_id).directory for made in damaged]
         (paths[0] / "manifest.jsonl").write_bytes(b"")
-        (paths[1] / "manifest.jsonl").write_bytes(b'{"manifest":1}\n\xff')
-        (paths[2] / "manifest.jsonl").write_bytes(b'{"manifest":2}\n')
+        (paths[1] / "manifest.jsonl").write_bytes(b'{"manifest":2}\n\xff')
+        (paths[2] / "manifest.jsonl").write_bytes(b'{"manifest":9}\n')
         (paths[3] / "frame").unlink()
         with structlog.testing.capture_logs() as logs:
             assert [header.metadata for header in store.bundles()] == [good]
@@ -332,3 +334,20 @@ def test_every_bundle_stays_whole_whatever_comes_and_goes(
         assert found == {b"logs/%d" % seed: content(seed, 3000) for seed in seeds}
     store.close()
     check_clean(directory)
+
+
+def test_segments_of_a_manifest_of_an_older_format_are_kept(directory: Path) -> None:
+    """It cannot be read as a bundle any more; whoever goes back to the older version can."""
+    with Store.open(directory) as store:
+        made = make(store, 1)
+        bundle = store.find("web", made.bundle_id)
+        used = set(segments_in(bundle.manifest))
+        text = bundle.manifest.read_text().replace('{"manifest":2,', '{"manifest":1,')
+        for digest in used:
+            text = text.replace(digest_to_text(digest), digest)
+        bundle.manifest.write_text(text)
+        assert set(segments_in(bundle.manifest)) == used != set()
+        with pytest.raises(FormatError, match="another version of zonebundle"):
+            store.find("web", made.bundle_id)
+        store.sweep()
+        assert all(map(store.segments.exists, used))

@@ -14,7 +14,7 @@ from support import leaks
 from support.stored import File, check_clean, check_whole, content, download, metadata, seal
 from zonebundle.errors import NoSuchBundleError, StoreError
 from zonebundle.host import trace
-from zonebundle.store import replicate
+from zonebundle.store import open_stores, replicate
 from zonebundle.store import store as store_module
 from zonebundle.store import stores as stores_module
 from zonebundle.store.bundle import StoredBundle
@@ -84,7 +84,7 @@ def _bytes(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores_module, "_PAUSE", 0.0)
+    monkeypatch.setattr(open_stores, "_PAUSE", 0.0)
     monkeypatch.setattr(store_module, "_RESERVE_BYTES", 4096)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from support import leaks, power
-from support.flipping import make_sample
+from support.flipping import Sample
+from support.power import Crash, Place, Report
 from zonebundle.errors import StoreError, UsageError
 from zonebundle.store.store import Store
 from zonebundle.store.tombstones import Tombstones
@@ -55,8 +56,7 @@ def test_one_directory_that_has_it_is_enough(roots: list[Path]) -> None:
         assert not Tombstones(roots).has(ONE)
 
 
-def test_a_store_with_tombstones_can_be_opened(tmp_path: Path) -> None:
-    sample = make_sample(tmp_path / "store")
+def test_a_store_with_tombstones_can_be_opened(sample: Sample) -> None:
     Tombstones([sample.directory]).write(ONE)
     with Store.open(sample.directory) as store:
         assert len(list(store.bundles())) == 3
@@ -134,23 +134,20 @@ def _failing(real: Callable[..., Any], bad: set[str]) -> Callable[..., Any]:
     return call
 
 
-def test_a_tombstone_that_was_written_survives_a_power_cut(roots: list[Path], tmp_path: Path) -> None:
-    number = 0
-    killed = True
-    while killed:
-        number += 1
-        graveyard = tmp_path / f"graveyard-{number}"
-        graveyard.mkdir()
-        base = tmp_path / str(number) / "state"
-        base.mkdir(parents=True)
+def test_a_tombstone_that_was_written_survives_a_power_cut(tmp_path: Path) -> None:
+    def make(base: Path) -> Place:
+        (base / "root/state").mkdir(parents=True)
+        (base / "graveyard").mkdir()
+        return Place(base / "root", base / "graveyard")
 
-        def write(report: Callable[[str], None], base: Path = base) -> None:
-            Tombstones([base]).write(ONE)
-            report("written")
+    def write(place: Place, report: Report) -> None:
+        Tombstones([place.directory / "state"]).write(ONE)
+        report("written")
 
-        crash = power.crash(write, base.parent, graveyard, number, "names")
-        killed = crash.killed
-        assert Tombstones([base]).has(ONE) or "written" not in crash.reports
-        Tombstones([base]).write(ONE)
-        assert Tombstones([base]).all() == {ONE}
-    assert number > 4
+    def check(place: Place, crash: Crash) -> None:
+        tombstones = Tombstones([place.directory / "state"])
+        assert tombstones.has(ONE) or "written" not in crash.reports
+        tombstones.write(ONE)
+        assert tombstones.all() == {ONE}
+
+    assert len(power.crash_before_every_change(tmp_path, "names", make, write, check)) > 4

@@ -1,6 +1,5 @@
 """An agent that does nothing but answer: the HTTP shapes over a real Unix socket, with failures on cue."""
 
-import asyncio
 import contextlib
 import threading
 import uuid
@@ -13,10 +12,11 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from support.wait import until
+from support.wait import until, until_async
 
 CREATED = "2026-01-02T03:04:05.000006Z"
 BYTES = 1000
+PATIENCE = 60.0
 
 
 @dataclass
@@ -80,12 +80,37 @@ class _Refusal(Exception):
         self.status, self.message = status, message
 
 
+class FakeServer:
+    """A server at a socket that many fake agents use, one after another: uvicorn takes its time to end."""
+
+    def __init__(self, socket: Path) -> None:
+        self.socket = socket
+        self._app: FastAPI | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        assert self._app is not None, "there is no agent"
+        await self._app(scope, receive, send)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[FakeAgent]:
+        """A new agent, which answers until the context ends."""
+        agent = FakeAgent(self.socket)
+        self._app = _app(agent)
+        try:
+            yield agent
+        finally:
+            self._app = None
+            for waiting in (agent.release, agent.stalled_download):
+                if waiting is not None:
+                    waiting.set()
+
+
 @contextlib.contextmanager
-def fake_agent(socket: Path) -> Iterator[FakeAgent]:
-    """Serve a FakeAgent at `socket` from a thread until the context ends."""
-    agent = FakeAgent(socket)
+def fake_server(socket: Path) -> Iterator[FakeServer]:
+    """Serve at `socket` from a thread until the context ends."""
+    fake = FakeServer(socket)
     config = uvicorn.Config(
-        _app(agent),
+        fake,
         uds=str(socket),
         # uvloop keeps a pipe for good, which would count as a leak.
         loop="asyncio",
@@ -98,12 +123,8 @@ def fake_agent(socket: Path) -> Iterator[FakeAgent]:
     thread.start()
     try:
         until(lambda: server.started, what="the fake agent listens")
-        yield agent
+        yield fake
     finally:
-        if agent.release is not None:
-            agent.release.set()
-        if agent.stalled_download is not None:
-            agent.stalled_download.set()
         server.should_exit = True
         thread.join()
 
@@ -147,7 +168,7 @@ def _app(agent: FakeAgent) -> FastAPI:
             raise _Refusal(404, f"no zone named '{zone}'")
         agent.stops_begun += 1
         if agent.release is not None:
-            await asyncio.get_running_loop().run_in_executor(None, agent.release.wait)
+            await until_async(agent.release.is_set, PATIENCE)
         made = agent.metadata(zone, agent.add_bundle(zone)) if bundle and agent.zones[zone] == "running" else None
         agent.zones[zone] = "stopped"
         answer = {"zone": zone, "state": "stopped", "bundle": made, "hold_seconds": 0.0041, "stop_seconds": 0.0301}
@@ -180,7 +201,7 @@ def _app(agent: FakeAgent) -> FastAPI:
             half = len(agent.download) // 2
             yield agent.download[:half]
             if agent.stalled_download is not None:
-                await asyncio.get_running_loop().run_in_executor(None, agent.stalled_download.wait)
+                await until_async(agent.stalled_download.is_set, PATIENCE)
             if agent.broken_download:
                 raise ConnectionError("on cue")
             yield agent.download[half:]

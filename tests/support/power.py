@@ -8,16 +8,18 @@ could have taken.
 import contextlib
 import io
 import os
+import shutil
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn
+from typing import IO, Any, Literal, NoReturn, TypeVar
 from unittest import mock
 
-from zonebundle.host import syscalls
+from zonebundle.host import syscalls, trace
 
 Loss = Literal["nothing", "bytes", "names", "names in segments", "names in bundles"]
 """What a crash costs: nothing (the process is killed), bytes that were not synced, or names that were not, too.
@@ -27,6 +29,8 @@ Nothing orders the names of two directories, so those of one may be lost and tho
 
 LOSSES: tuple[Loss, ...] = ("nothing", "bytes", "names", "names in segments", "names in bundles")
 AnyPath = str | os.PathLike[str]
+Report = Callable[[str], None]
+"""Tells the test what was reached, from inside a child that may be killed at any moment."""
 
 
 @dataclass
@@ -197,9 +201,86 @@ class Crash:
     reports: list[str]
 
 
-def crash(
-    body: Callable[[Callable[[str], None]], None], directory: Path, graveyard: Path, number: int, loss: Loss
-) -> Crash:
+@dataclass(frozen=True)
+class Place:
+    """Where something happens that changes files below `directory`; a scene adds what is there."""
+
+    directory: Path
+    graveyard: Path
+
+
+P = TypeVar("P", bound=Place)
+Failing = Callable[[], AbstractContextManager[None]]
+
+
+def crash_before_every_change(
+    base: Path,
+    loss: Loss,
+    make: Callable[[Path], P],
+    play: Callable[[P, Report], None],
+    check: Callable[[P, Crash], None],
+) -> list[Crash]:
+    """Crash `play(place, report)` before each of its changes, each time in a new place, and check what is there then.
+
+    Returns how each ended: the last one in peace, because there was no further change.
+    """
+    crashes = []
+
+    def attempt(place: P, number: int) -> bool:
+        crashes.append(crash(lambda report: play(place, report), place.directory, place.graveyard, number, loss))
+        check(place, crashes[-1])
+        return crashes[-1].killed
+
+    _until_the_last_change(base, make, attempt)
+    return crashes
+
+
+def fail_every_change(base: Path, error: int, make: Callable[[Path], P], play: Callable[[P, Failing], None]) -> int:
+    """Have each change that `play(place, failing)` makes `with failing()` fail once, each time in a new place.
+
+    `error` is the errno. Returns how often it was played, the last time without an error.
+    """
+
+    def attempt(place: P, number: int) -> bool:
+        def act(count: int) -> None:
+            if count == number:
+                raise OSError(error, os.strerror(error))
+
+        changes = Changes(place.directory, place.graveyard, act)
+        play(place, lambda: watched(changes))
+        return changes.count >= number
+
+    return _until_the_last_change(base, make, attempt)
+
+
+def _until_the_last_change(base: Path, make: Callable[[Path], P], attempt: Callable[[P, int], bool]) -> int:
+    number, has_more = 0, True
+    while has_more:
+        number += 1
+        place = make(base / str(number))
+        try:
+            has_more = attempt(place, number)
+        except BaseException as error:
+            error.add_note(f"at change {number}")
+            raise
+        shutil.rmtree(base / str(number))
+    return number
+
+
+def crash_at(point: str, body: Callable[[Report], None]) -> Crash:
+    """Run `body(report)` in a child that is killed at a trace point, `name` or `name:n`, which it has to reach."""
+
+    def play(report: Report) -> None:
+        name, _, count = point.partition(":")
+        trace._name, trace._left = name, int(count or 1)
+        body(report)
+
+    ended = in_child(play)
+    assert ended.killed, f"{point} was not reached"
+    return ended
+
+
+def crash(body: Callable[[Report], None], directory: Path, graveyard: Path, number: int, loss: Loss) -> Crash:
     """Run `body(report)` in a child that dies before its `number`-th change below `directory`, and loses `loss`.
 
     Where there are fewer changes it ends in peace, and the power is cut then.
@@ -210,7 +291,7 @@ def crash(
             changes.cut_power(loss)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def watch(report: Callable[[str], None]) -> None:
+    def watch(report: Report) -> None:
         with watched(changes):
             body(report)
         changes.cut_power(loss)
@@ -219,7 +300,7 @@ def crash(
     return in_child(watch)
 
 
-def in_child(body: Callable[[Callable[[str], None]], None]) -> Crash:
+def in_child(body: Callable[[Report], None]) -> Crash:
     """Run `body(report)` in a forked child; an exception there is one here."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():
@@ -239,7 +320,7 @@ def in_child(body: Callable[[Callable[[str], None]], None]) -> Crash:
     return Crash(False, reports)
 
 
-def _be_child(body: Callable[[Callable[[str], None]], None], writing: int) -> NoReturn:
+def _be_child(body: Callable[[Report], None], writing: int) -> NoReturn:
     try:
         body(lambda text: _say(writing, text))
     except BaseException as error:

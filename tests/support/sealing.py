@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from zonebundle.seal.upkeep import Upkeep
 from zonebundle.seal.workers import Workers
 from zonebundle.snapshots.areas import destroy_area
 
-_NEVER = threading.Event()
+Seal = Callable[[Draft], Sealed]
+# Set by nobody: for a seal that is not canceled.
+NEVER = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Sealing:
 
     def seal_again(self, bundle_id: str) -> Sealed:
         """Seal what is in the spool."""
-        sealed = self.sealer.seal(bundle_id, lambda total, done: None, _NEVER)
+        sealed = self.sealer.seal(bundle_id, lambda total, done: None, NEVER)
         assert sealed is not None
         return sealed
 

@@ -2,18 +2,22 @@
 
 import io
 import itertools
+import json
 import os
 import tarfile
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from support.stored import check_clean, check_whole
 from zonebundle.capture.record_writer import RecordWriter
 from zonebundle.model.ids import snapshot_name
 from zonebundle.model.metadata import Cause, Metadata, format_time
 from zonebundle.model.record import Area, Limits, LogFile, Output, Part, RecordHeader, SnapshotTree
 from zonebundle.model.report import Gap, Outcome, Step
 from zonebundle.snapshots.areas import prepare_area
+from zonebundle.store.pieces import CHUNK
 from zonebundle.store.reader import StoreReader
 from zonebundle.store.splice import splice
 from zonebundle.store.store import prepare
@@ -83,6 +87,17 @@ class SpoolDir:
             for name, (_, data) in self.entries(draft).items()
             if name.startswith(prefix)
         }
+
+    def report(self, draft: "Draft") -> dict[str, Any]:
+        """The report of a sealed bundle."""
+        told: dict[str, Any] = json.loads(self.entries(draft)[b"report.json"][1])
+        return told
+
+    def gaps(self, draft: "Draft") -> dict[str, str]:
+        """Reasons by what is missing, but for the gap that every draft has."""
+        gaps = {gap["what"]: gap["reason"] for gap in self.report(draft)["gaps"]}
+        assert gaps.pop("pstack.7") == "the process was gone"
+        return gaps
 
 
 @dataclass
@@ -196,3 +211,45 @@ def log_lines(size: int, seed: int = 0) -> bytes:
     """`size` bytes that look like a log and compress like one; no two seeds have a chunk in common."""
     count = size // len(_LINES) + 1
     return b"".join(b'{"seed":%d,"block":%d}\n%s' % (seed, number, _LINES) for number in range(count))[:size]
+
+
+def full_draft(at: SpoolDir) -> Draft:
+    """A draft with everything that a record may have."""
+    draft = Draft(at)
+    snapshot = at.staging / snapshot_name(INSTALLATION, draft.bundle_id)
+    draft.add_output("ptree", b"1 init\n")
+    draft.area()
+    (snapshot / "snapshot/logs").mkdir(parents=True)
+    for number in range(5):
+        data = log_lines(number * 30_000, 100 + number)
+        (snapshot / f"snapshot/logs/{number}.snap").write_bytes(data)
+        draft.expected[b"zone/logs/%d.snap" % number] = data
+    draft.add_tree(SnapshotTree(0, "logs", "zone", "logs", ("logs/**",), str(at.zone_root)))
+    draft.add_log(b"big.log", log_lines(6 * CHUNK + 123))
+    for number in range(50):
+        draft.add_log(b"small/%d.log" % number, log_lines(number * 100, number))
+    live = at.zone_root / "live.log"
+    data = log_lines(CHUNK + 7, 77)
+    live.write_bytes(data)
+    status = live.stat()
+    name = draft.stage_bytes(data[-100:])
+    cut = len(data) - 100
+    draft.add_file(
+        b"live.log",
+        len(data),
+        (Part(0, cut, "live"), Part(cut, 100, "staged", 0, name, 0)),
+        inode=status.st_ino,
+        mtime_ns=status.st_mtime_ns,
+    )
+    draft.expected[b"zone/live.log"] = data
+    return draft
+
+
+def check_sealed(at: SpoolDir, draft: Draft, gaps: int = 1) -> None:
+    """The bundle has every byte, and nothing is left of its making."""
+    assert at.logs(draft) == draft.expected
+    bundle = StoreReader.open(at.store).find(draft.zone, draft.bundle_id)
+    assert bundle.header.gaps == gaps
+    check_whole(bundle)
+    check_clean(at.store)
+    assert at.left() == []

@@ -2,18 +2,21 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from zonebundle.model.ids import new_bundle_id, new_installation_id, snapshot_name
-from zonebundle.model.record import Area, Limits, LogFile
+from zonebundle.model.manifest import decode_line, encode_line
+from zonebundle.model.record import Area, KnownLog, Limits, LogFile
 from zonebundle.model.report import Gap, Step
 from zonebundle.model.zone import LogTree
 from zonebundle.snapshots.areas import destroy_area, prepare_area
-from zonebundle.snapshots.base import Choice, Kind, OpenTree
+from zonebundle.snapshots.base import Choice, Kind, KnownFiles, OpenTree
+from zonebundle.snapshots.outcome import Told
+from zonebundle.snapshots.placing import Near
 from zonebundle.snapshots.staged import stage
 
 INSTALLATION = new_installation_id()
@@ -29,9 +32,11 @@ class Kept:
     gaps: list[Gap] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
-    def add(self, item: LogFile | Gap | Step) -> None:
+    def add(self, item: Told) -> None:
         if isinstance(item, LogFile):
             self.logs.append(item)
+        elif isinstance(item, KnownLog):
+            self.logs.append(LogFile.from_json(decode_line(encode_line(item.to_json()))))
         elif isinstance(item, Gap):
             self.gaps.append(item)
         else:
@@ -104,6 +109,9 @@ def keep(
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     living: bool = True,
     durable: bool = False,
+    known: KnownFiles | None = None,
+    prepare: Callable[[], None] | None = None,
+    near: Near | None = None,
     area: Area | None = None,
     **fields: Any,
 ) -> Kept:
@@ -119,6 +127,9 @@ def keep(
             limits=limits,
             living=living,
             durable=durable,
+            known=known,
+            prepare=prepare,
+            near=near,
         )
         for item in items:
             kept.add(item)

@@ -15,8 +15,8 @@ from blake3 import blake3
 from zonebundle.model.manifest import Header, Piece
 from zonebundle.model.metadata import Cause, Metadata, format_time
 from zonebundle.store.bundle import StoredBundle, segments_in
-from zonebundle.store.draft import BundleDraft
-from zonebundle.store.pieces import CHUNK, PACK, SMALL, Run, deflate
+from zonebundle.store.draft import BundleDraft, Origin
+from zonebundle.store.pieces import CHUNK, SMALL, Run, deflate
 from zonebundle.store.splice import splice
 from zonebundle.store.store import Store
 
@@ -82,7 +82,7 @@ def _add_packs(store: Store, draft: BundleDraft, owner: str, files: Sequence[Fil
     for number, file in enumerate(files, start=1):
         waiting.append(file)
         runs.append(deflate(file.data))
-        if number == len(files) or sum(run.raw for run in runs) + SMALL > PACK:
+        if number == len(files) or sum(run.raw for run in runs) + SMALL > CHUNK:
             for packed, piece in zip(waiting, store.segments.put(runs, owner), strict=True):
                 _add_log(draft, packed, [piece])
             waiting, runs = [], []
@@ -90,7 +90,7 @@ def _add_packs(store: Store, draft: BundleDraft, owner: str, files: Sequence[Fil
 
 def _add_log(draft: BundleDraft, file: File, pieces: list[Piece]) -> None:
     draft.add_log(
-        file.path, len(file.data), mode=file.mode, mtime_ns=file.mtime_ns, pieces=pieces, origin={"path": "x", "ino": 7}
+        file.path, len(file.data), mode=file.mode, mtime_ns=file.mtime_ns, pieces=pieces, origin=Origin("/srv", b"x", 7)
     )
 
 
@@ -158,3 +158,12 @@ def check_clean(store: Path) -> None:
             assert sorted(path.name for path in bundle.iterdir()) == ["frame", "manifest.jsonl"]
             used.update(segments_in(bundle / "manifest.jsonl"))
     assert check_segments(store) == used
+
+
+def is_clean(store: Path) -> bool:
+    """Whether it is, also while a sealer works on it."""
+    try:
+        check_clean(store)
+    except (AssertionError, FileNotFoundError):
+        return False
+    return True

@@ -31,8 +31,9 @@ def test_a_living_child_is_found() -> None:
 def test_an_unreaped_child_is_found() -> None:
     children = []
     try:
-        with pytest.raises(AssertionError, match="not reaped"), leaks.no_leaks(timeout=0.5):
+        with pytest.raises(AssertionError, match="not reaped"), leaks.no_leaks(timeout=0.05):
             children.append(subprocess.Popen(["true"]))
+            os.waitid(os.P_PID, children[0].pid, os.WEXITED | os.WNOWAIT)
     finally:
         for child in children:
             child.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -15,6 +16,7 @@ from zonebundle.host.mounts import mount_of, read_mounts
 from zonebundle.store.reader import read_format
 from zonebundle.store.readers import StoreReaders
 from zonebundle.store.store import prepare
+from zonebundle.store.watch import Watch
 
 _log = structlog.get_logger()
 
@@ -26,17 +28,20 @@ class StoreDirs:
 
     def __init__(self, directories: Sequence[Path]) -> None:
         self.readers = StoreReaders(directories)
+        self._watches = {one: Watch(one, alone=len(directories) == 1) for one in directories}
         # Resolved now: when a drain asks for them, what they lead through may be gone.
-        self.resolved = {directory: os.path.realpath(directory) for directory in directories}
+        self.resolved: dict[Path, str] = {}
+        for directory, watch in self._watches.items():
+            watch.resolve(partial(self.resolved.__setitem__, directory))
         self._locks: dict[Path, int] = {}
 
     def open(self, known: Mapping[str, str]) -> dict[str, str]:
         """Lock every directory that is there, and make a store in those that are new; returns what is known then.
 
         `known` is the mount point of every directory that has had a store. One that is empty now, and on another mount,
-        has lost its disk: a new store there would only hide that. A directory that is away does not keep the agent from
-        starting. Raises AlreadyRunningError if another agent has one, FormatError if one is of a newer version,
-        UnavailableError if none can be used.
+        has lost its disk: a new store there would only hide that. A directory that is away, or hangs, does not keep the
+        agent from starting. Raises AlreadyRunningError if another agent has one, FormatError if one is of a newer
+        version, UnavailableError if none can be used.
         """
         refused: dict[Path, UnavailableError] = {}
         found = dict(known)
@@ -44,7 +49,8 @@ class StoreDirs:
         for directory, resolved in self.resolved.items():
             try:
                 point = mount_of(resolved, mounts).point
-                self._open(directory, point, known.get(str(directory), point))
+                expected = known.get(str(directory), point)
+                self._watches[directory].do(partial(self._open, directory, point, expected))
                 found[str(directory)] = point
             except AlreadyRunningError:
                 raise
@@ -93,7 +99,8 @@ class StoreDirs:
     def are_all_there(self) -> bool:
         """Whether every directory has its store, so that what is not found is nowhere. Blocks."""
         try:
-            return all(read_format(directory) is not None for directory in self.resolved)
+            watches = self._watches.items()
+            return all(watch.do(partial(read_format, directory)) is not None for directory, watch in watches)
         except StoreError:
             return False
 
@@ -108,8 +115,8 @@ class StoreDirs:
         for directory in self._below(path):
             if directory not in self._locks:
                 try:
-                    self._lock(directory)
-                except (OSError, AlreadyRunningError) as error:
+                    self._watches[directory].do(partial(self._lock, directory))
+                except (OSError, StoreError, AlreadyRunningError) as error:
                     _log.error("a store directory cannot be used", directory=str(directory), reason=str(error))
 
     def _below(self, path: str) -> list[Path]:

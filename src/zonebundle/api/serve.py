@@ -23,6 +23,7 @@ from zonebundle.agent.agent import Agent
 from zonebundle.agent.config import Config
 from zonebundle.api.app import make_app
 from zonebundle.errors import AlreadyRunningError, UnavailableError
+from zonebundle.host.collector import collect_seldom
 from zonebundle.model.paths import printable
 
 _GROUP = "zone-bundle"
@@ -33,6 +34,7 @@ def serve(config: Config, log_level: str = "info") -> None:
     """Run an agent until SIGTERM or SIGINT. Raises ZoneBundleError if it cannot start."""
     os.umask(0o077)
     _configure_log(log_level)
+    collect_seldom()
     uvloop.run(_serve(config))
 
 

@@ -13,7 +13,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,20 +21,21 @@ from typing import Any, TypeVar
 
 from zonebundle.capture.evidence import Evidence
 from zonebundle.capture.logs import OpenLogs, open_logs
-from zonebundle.capture.look import PROBE_THREADS, Look
+from zonebundle.capture.look import Look
 from zonebundle.capture.order import FinishOrder, HoldOrder, HoldSettings
 from zonebundle.capture.record_writer import RecordWriter
 from zonebundle.errors import HostError, SnapshotError
 from zonebundle.host import proc, trace
 from zonebundle.host.files import sync_directory
 from zonebundle.host.process import kill_marked, kill_strays
-from zonebundle.model.record import COMMANDS_FILE, LIVE, Area, LogFile, RecordHeader, SnapshotTree
-from zonebundle.model.report import Gap, Outcome, Step
+from zonebundle.model.record import COMMANDS_FILE, LIVE, Area, KnownLog, LogFile, RecordHeader, SnapshotTree
+from zonebundle.model.report import Gap, Outcome
 from zonebundle.model.zone import COMMAND_MARK, LogTree, ProcessRef
 from zonebundle.snapshots.areas import prepare_area
 from zonebundle.snapshots.base import Choice, KnownFiles, OpenTree, StagingRules
 from zonebundle.snapshots.btrfs import take_btrfs
 from zonebundle.snapshots.choose import choose
+from zonebundle.snapshots.outcome import Told
 from zonebundle.snapshots.place import FILES
 from zonebundle.snapshots.staged import stage
 
@@ -43,19 +44,23 @@ T = TypeVar("T")
 # Of the budget, this share is for probes and commands at most; the snapshot, tried last and always, has the rest.
 LOOK_SHARE = 0.75
 _OPEN_SHARE = 0.25
+# So long the look waits for the logs to be opened; longer, and one of their file systems hangs.
+_STALL = 0.05
 
 
 class Hold:
     """The state of one hold between the agent's messages."""
 
-    def __init__(self, order: HoldOrder, threads: Executor, known: KnownFiles | None = None) -> None:
+    def __init__(
+        self, order: HoldOrder, threads: Executor, probe_threads: Executor, known: KnownFiles | None = None
+    ) -> None:
+        """Probes have threads of their own: they wait for processes, which may hang by the hundred."""
         self._order = order
         self._known = known
         self._settings = order.settings
         self._entry = Path(order.entry)
         self._threads = threads
-        # Probes wait for processes, which may hang by the hundred: what they take must not be missing elsewhere.
-        self._probe_threads = ThreadPoolExecutor(PROBE_THREADS, thread_name_prefix="probe")
+        self._probe_threads = probe_threads
         self._evidence = Evidence(order.began)
         self._logs = OpenLogs([], [])
         self._choices: list[tuple[OpenTree, Choice]] = []
@@ -79,6 +84,9 @@ class Hold:
         begin = time.monotonic()
         deadline = begin + self._settings.budget * LOOK_SHARE
         self._opening = asyncio.ensure_future(self._open_logs())
+        # First the one, then the other, as each is done within a millisecond: side by side, two threads would take the
+        # interpreter's lock from each other at every system call.
+        await asyncio.wait({self._opening}, timeout=min(_STALL, self._settings.budget * _OPEN_SHARE))
         if self._order.probe:
             look = Look(self._order, self._evidence, self._in_probe_thread, self._note_command)
             await look.run(self._go, deadline)
@@ -147,7 +155,6 @@ class Hold:
 
     def close(self) -> None:
         """Let go of the zone's directories, unless a stuck thread still uses them."""
-        self._probe_threads.shutdown(wait=False, cancel_futures=True)
         if not self.is_stuck:
             self._logs.close()
 
@@ -203,6 +210,7 @@ class Hold:
                 parent = choice.staging if choice.staging is not None else self._order.entry
                 area = Path(parent, self._order.intent.snapshot)
                 by_area.setdefault(area, []).append((open_tree, choice.without_snapshot()))
+        near = (self._entry, first_area + len(by_area))
         for number, (area, trees) in enumerate(by_area.items(), start=first_area):
             writer.add("area", Area("staged", str(area), self._order.intent.metadata.bundle_id).to_json())
             begin = time.monotonic()
@@ -220,6 +228,7 @@ class Hold:
                     durable=finish.durable,
                     known=self._known,
                     prepare=partial(prepare_area, area, self._settings.installation),
+                    near=near,
                 ):
                     counted.take(item)
                 # The record will name what is staged: the names must outlast a power cut as well as the record does.
@@ -227,6 +236,8 @@ class Hold:
                 if (area / FILES).exists():
                     for directory in (area / FILES, area, area.parent):
                         sync_directory(directory)
+                if (self._entry / FILES).exists():
+                    sync_directory(self._entry / FILES)
 
             kind = ", ".join(sorted({str(choice.kind) for _, choice in trees}))
             try:
@@ -242,6 +253,8 @@ class Hold:
                 left = [open_tree.tree for open_tree, _ in trees]
                 self._read_behind(writer, left, finish, f"staging in {area.parent} did not finish: {error}")
             self._evidence.step("stage", outcome, begin, f"{counted.files} files ({kind})")
+        if (self._entry / FILES).exists():
+            writer.add("area", Area("entry", str(self._entry), self._order.intent.metadata.bundle_id).to_json())
 
     def _read_behind(self, writer: RecordWriter, trees: Iterable[LogTree], finish: FinishOrder, reason: str) -> None:
         """Leave trees to be walked at their place behind the release, as far as they are there then."""
@@ -322,13 +335,13 @@ class _Counted:
         """Take nothing more: the thread was given up, and what it still says would come too late."""
         self._closed = True
 
-    def take(self, item: LogFile | Gap | Step) -> None:
+    def take(self, item: Told) -> None:
         if self._closed:
             return
-        if isinstance(item, LogFile):
+        if isinstance(item, (LogFile, KnownLog)):
             self._writer.add("file", item.to_json())
             self.files += 1
-            self._evidence.count(item.size - item.first)
+            self._evidence.count(item.size - item.first if isinstance(item, LogFile) else item.size)
             if self.files == 2:
                 trace.point("capture.staged-half")
         elif isinstance(item, Gap):

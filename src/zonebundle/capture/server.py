@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ from types import FrameType
 from zonebundle.capture import worker
 from zonebundle.host import syscalls
 from zonebundle.host.channel import ChannelClosed, receive_message
+from zonebundle.host.collector import collect_seldom
 
 
 def main(open_index: worker.OpenIndex | None = None, arguments: list[str] | None = None) -> None:
@@ -36,9 +36,8 @@ def main(open_index: worker.OpenIndex | None = None, arguments: list[str] | None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, _reap)
     control = socket.socket(fileno=options.fd)
-    # What is imported by now is shared by all workers; a collection must not touch (and so copy) it.
-    gc.collect()
-    gc.freeze()
+    # Its workers are forked: they share what is imported by now, and collect as seldom.
+    collect_seldom()
     while True:
         try:
             _, descriptors = receive_message(control)

@@ -29,7 +29,8 @@ from zonebundle.model.zone import Zone
 from zonebundle.snapshots.base import KnownFiles
 
 _THREADS = 64
-
+# Started when they are needed. Those of holds whose processes hang must not be missing in others.
+_PROBE_THREADS = 4096
 
 OpenIndex = Callable[[Path], KnownFiles]
 """Makes what a worker asks for known files, of the index file; opens nothing yet."""
@@ -57,6 +58,7 @@ class _Worker:
         # Shared by the holds: starting threads for each would cost more than what they do. A stuck one is lost to it,
         # and ends this worker's career.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="hold")
+        self._probe_threads = ThreadPoolExecutor(_PROBE_THREADS, thread_name_prefix="probe")
         self._holds: dict[int, Hold] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -75,7 +77,8 @@ class _Worker:
                     if message["do"] == "begin" and number not in self._holds:
                         # Here and not in the task: `go` may be the next message, and must find the hold.
                         order = HoldOrder.from_json(message["order"])
-                        self._holds[number] = Hold(order, self._threads, self._known_files(order.settings.index))
+                        known = self._known_files(order.settings.index)
+                        self._holds[number] = Hold(order, self._threads, self._probe_threads, known)
                     task = asyncio.create_task(self._answer(number, message))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,14 @@ class Mount:
 
 def read_mounts(pid: int | str = "self") -> list[Mount]:
     """Every mount that the process sees, in the order of mounting."""
-    text = Path(f"/proc/{pid}/mountinfo").read_bytes().decode("utf-8", "surrogateescape")
+    return list(_parse_all(Path(f"/proc/{pid}/mountinfo").read_bytes()))
+
+
+# Every hold looks, and the table has hundreds of lines that seldom change.
+@functools.lru_cache(maxsize=4)
+def _parse_all(table: bytes) -> tuple[Mount, ...]:
     # Not splitlines: of the line ends it knows the kernel escapes only one, and a mount point may be named with others.
-    return [_parse(line) for line in text.split("\n") if line]
+    return tuple(_parse(line) for line in table.decode("utf-8", "surrogateescape").split("\n") if line)
 
 
 def _parse(line: str) -> Mount:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import platform
 import struct
@@ -37,10 +38,20 @@ _STATX_BIRTH = struct.Struct("=I76xqI")
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
+# A function object of its own, with the types told once: a hold opens every log with it.
+_openat2 = _libc["syscall"]
+_openat2.restype = ctypes.c_long
+_openat2.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
+_fallocate = _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_linkat = _libc.linkat
+_linkat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
 
 
-class _OpenHow(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+@functools.cache
+def _open_how(flags: int, resolve: int) -> bytes:
+    """struct open_how: flags, mode, resolve."""
+    return struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve)
 
 
 def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
@@ -51,18 +62,34 @@ def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
     if b"\0" in path:
         # C would end the path there and open another file.
         raise ValueError("embedded null byte")
-    how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
+    how = _open_how(flags, resolve)
     number = errno.EAGAIN
     for _ in range(8):
-        descriptor: int = _syscall(
-            _NR_OPENAT2, dir_fd, ctypes.c_char_p(path), ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how))
-        )
+        descriptor: int = _openat2(_NR_OPENAT2, dir_fd, path, how, len(how))
         if descriptor >= 0:
             return descriptor
         number = ctypes.get_errno()
         if number not in (errno.EAGAIN, errno.EINTR):
             break
     raise OSError(number, os.strerror(number), os.fsdecode(path))
+
+
+def link_open_file(descriptor: int, dir_fd: int, name: bytes) -> None:
+    """Give the very file that is open another name; raises OSError, ENOENT where only CAP_DAC_READ_SEARCH may do it."""
+    if _linkat(descriptor, b"", dir_fd, name, _AT_EMPTY_PATH) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def preallocate(descriptor: int, offset: int, length: int) -> None:
+    """Have blocks allocated for a range of a file, which grows to hold it. Does nothing where that is not supported.
+
+    posix_fallocate would write into every page there. Raises OSError (the disk is full).
+    """
+    if _fallocate(descriptor, 0, offset, length) != 0:
+        number = ctypes.get_errno()
+        if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise OSError(number, os.strerror(number))
 
 
 def birth_time_ns(descriptor: int, path: bytes = b"") -> int:

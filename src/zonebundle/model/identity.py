@@ -13,6 +13,13 @@ _COARSE_NS = 1_000_000_000
 _COARSE_AGE_NS = 2 * _COARSE_NS + TRUSTED_AGE_NS
 
 
+def are_settled(mtime_ns: int, ctime_ns: int, now_ns: int) -> bool:
+    """Whether a change after `now_ns` (wall clock) would show: the stamps are old enough, and not in the future."""
+    # An mtime of whole seconds may have been set by anybody; the ctime is the kernel's own.
+    age = TRUSTED_AGE_NS if ctime_ns % _COARSE_NS else _COARSE_AGE_NS
+    return max(mtime_ns, ctime_ns) + age <= now_ns
+
+
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
     """One state of one file. Times are nanoseconds since 1970; `born_ns` is 0 where the file system does not tell.
@@ -29,10 +36,8 @@ class FileIdentity:
     ctime_ns: int
 
     def is_settled(self, now_ns: int) -> bool:
-        """Whether a change after `now_ns` (wall clock) would show: its stamps are old enough, and not in the future."""
-        # An mtime of whole seconds may have been set by anybody; the ctime is the kernel's own.
-        age = TRUSTED_AGE_NS if self.ctime_ns % _COARSE_NS else _COARSE_AGE_NS
-        return max(self.mtime_ns, self.ctime_ns) + age <= now_ns
+        """Whether a change after `now_ns` (wall clock) would show."""
+        return are_settled(self.mtime_ns, self.ctime_ns, now_ns)
 
     def to_json(self) -> list[Any]:
         return [self.filesystem, self.inode, self.born_ns, self.size, self.mtime_ns, self.ctime_ns]

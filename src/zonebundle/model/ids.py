@@ -25,7 +25,7 @@ def check_zone_name(name: str) -> str:
 
 def encode_zone_name(name: str) -> str:
     """The directory name of a zone in the store: percent-encoded where a file system might mind."""
-    encoded = quote(name, safe="@_-.")
+    encoded = quote(name, safe="@_-.:")
     return "%2E" + encoded[1:] if encoded.startswith(".") else encoded
 
 

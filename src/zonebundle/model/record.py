@@ -15,9 +15,11 @@ released; its first line is the header, then one object a line, told apart by it
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import orjson
 from blake3 import blake3
 
 from zonebundle.errors import FormatError
@@ -86,13 +88,14 @@ class Intent:
 
 @dataclass(frozen=True, slots=True)
 class Area:
-    """A snapshot or a staging area, outside the spool, that holds log bytes until the seal.
+    """A snapshot or a staging area that holds log bytes until the seal.
 
     `path` is its directory `…/zb-<installation>-<leader>`; `kind` says how it is destroyed; `leader` is the bundle
-    that made it: a follower shares the leader's snapshot, and it is destroyed when none uses it any more.
+    that made it: a follower shares the leader's snapshot, and it is destroyed when none uses it any more. "entry" is
+    the spool entry itself, with copies of a few small logs; it has no mark, and goes with all that it holds.
     """
 
-    kind: Literal["btrfs", "staged"]
+    kind: Literal["btrfs", "staged", "entry"]
     path: str
     leader: str
 
@@ -100,12 +103,12 @@ class Area:
         return {"kind": self.kind, "path": self.path, "leader": self.leader}
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """Where a byte range of a log is read from.
 
     `start` and `length` are the range in the log file. `origin` "staged": the file `name` in area number `area`,
     at `offset`. "live": the log itself at its place on the host, found again by its inode, for what was not staged.
+    A tuple, because a hold makes one for each log: a frozen dataclass takes four times as long.
     """
 
     start: int
@@ -116,16 +119,16 @@ class Part:
     offset: int = 0
 
     def to_json(self) -> list[Any]:
-        return [self.start, self.length, self.origin, self.area, self.name, self.offset]
+        return list(self)
 
 
-@dataclass(frozen=True, slots=True)
-class LogFile:
+class LogFile(NamedTuple):
     """A log file with its size and parts fixed. `path` is relative to its source; `host_path` is where it was.
 
     `size` is of the whole file; the bytes kept are those of `parts`, which are adjacent and end at `size`. `identity`
     is that of the state which the parts hold, before our own link changed it; None where it is not certain. `pieces`
     are those that hold the whole log already, of one that was known; its part is where it is read if they are gone.
+    A tuple, as Part is.
     """
 
     source: str
@@ -146,20 +149,22 @@ class LogFile:
         return self.parts[0].start if self.parts else self.size
 
     def to_json(self) -> dict[str, Any]:
-        return (
-            {"source": self.source, "host_root": self.host_root}
-            | path_to_json(self.path)
-            | path_to_json(self.host_path, "host_path")
-            | {
-                "size": self.size,
-                "mode": self.mode,
-                "mtime": self.mtime_ns,
-                "ino": self.inode,
-                "parts": [part.to_json() for part in self.parts],
-            }
-            | ({"pieces": [piece.to_json() for piece in self.pieces]} if self.pieces else {})
-            | ({"id": [known.filesystem, known.born_ns, known.ctime_ns]} if (known := self.identity) else {})
-        )
+        data = {
+            "source": self.source,
+            "host_root": self.host_root,
+            **path_to_json(self.path),
+            **path_to_json(self.host_path, "host_path"),
+            "size": self.size,
+            "mode": self.mode,
+            "mtime": self.mtime_ns,
+            "ino": self.inode,
+            "parts": [part.to_json() for part in self.parts],
+        }
+        if self.pieces:
+            data["pieces"] = [piece.to_json() for piece in self.pieces]
+        if (known := self.identity) is not None:
+            data["id"] = [known.filesystem, known.born_ns, known.ctime_ns]
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LogFile:
@@ -183,6 +188,45 @@ def _identity(data: dict[str, Any]) -> FileIdentity | None:
         return None
     filesystem, born, ctime = data["id"]
     return FileIdentity(filesystem, data["ino"], born, data["size"], data["mtime"], ctime)
+
+
+@dataclass(slots=True)
+class KnownLog:
+    """A LogFile of which the store has all pieces, as a hold writes it: paths as the system tells them, pieces in JSON.
+
+    A hold writes hundreds of these: from what the index has to the record's line, nothing is taken apart. Its only part
+    is the log at its place.
+    """
+
+    source: str
+    path: str
+    host_root: str
+    host_path: str
+    size: int
+    mode: int
+    mtime_ns: int
+    inode: int
+    pieces: str
+
+    def to_json(self) -> dict[str, Any]:
+        if f"{self.source}{self.host_root}{self.path}{self.host_path}".isascii():
+            paths: dict[str, Any] = {"path": self.path, "host_path": self.host_path}
+            pieces: Any = orjson.Fragment(self.pieces)
+        else:
+            # Not every such text is one to orjson; another encoder knows no fragments.
+            paths = path_to_json(os.fsencode(self.path)) | path_to_json(os.fsencode(self.host_path), "host_path")
+            pieces = orjson.loads(self.pieces)
+        return {
+            "source": self.source,
+            "host_root": self.host_root,
+            **paths,
+            "size": self.size,
+            "mode": self.mode,
+            "mtime": self.mtime_ns,
+            "ino": self.inode,
+            "parts": [[0, self.size, "live", 0, "", 0]],
+            "pieces": pieces,
+        }
 
 
 LIVE = -1

@@ -14,6 +14,7 @@ from pathlib import Path
 import structlog
 
 from zonebundle.host import proc, syscalls
+from zonebundle.host.collector import collect_seldom
 from zonebundle.host.priority import lower_priority
 from zonebundle.model.record import Area
 from zonebundle.seal.ahead import Ahead
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--installation", required=True, help="the ID that marks what is ours")
     parser.add_argument("--workers", type=int, default=0, help="threads that compress; 0: one a core")
+    parser.add_argument("--drained", default=[], action="append", help="a path below which nothing is to be used")
     parser.add_argument("--fd", type=int, required=True, help="the socket to the agent")
     parser.add_argument("--agent", type=int, required=True, help="the agent's PID")
     options = parser.parse_args(arguments)
@@ -56,17 +58,19 @@ def main(arguments: list[str] | None = None) -> None:
         ],
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
     )
-    _lock(options.state / _LOCK_FILE)
-    asyncio.run(_serve(options))
+    collect_seldom()
+    lock = _lock(options.state / _LOCK_FILE)
+    asyncio.run(_serve(options, lock))
 
 
-def _lock(path: Path) -> None:
+def _lock(path: Path) -> int:
     """Wait until no other sealer has the spool; the lock is held as long as this process lives."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
 
 
-async def _serve(options: argparse.Namespace) -> None:
+async def _serve(options: argparse.Namespace, lock: int) -> None:
     installation: str = options.installation
 
     def destroy(area: Area, unlinked: Unlinked | None) -> None:
@@ -84,7 +88,13 @@ async def _serve(options: argparse.Namespace) -> None:
     )
     reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=options.fd))
     upkeep = Upkeep(options.state / SPOOL, storage, Ahead(storage, workers, agent=agent), options.quota)
+    for path in options.drained:
+        upkeep.drain(path)
     await Service(sealer, upkeep, reader, writer).run()
+    if storage.stores.are_silent:
+        # A thread that hangs in the kernel keeps this process, and its locks, from their end.
+        storage.stores.unlock()
+        fcntl.flock(lock, fcntl.LOCK_UN)
     # Threads may be in the middle of anything; every state is one that the next sealer can go on from.
     os._exit(0)
 

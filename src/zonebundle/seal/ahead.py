@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,12 @@ class Ahead:
                 logs.forget()
 
     def _run(self, zones: Sequence[dict[str, Any]], complete: bool, largest: int) -> dict[str, Any]:
-        with self._storage.stores.working():
-            store = self._store = self._storage.usable()[0]
+        stores = self._storage.stores
+        with contextlib.ExitStack() as stack:
+            with stores.working():
+                store = self._store = self._storage.usable()[0]
+                # This may last, or hang, and keeps no other store from being given back.
+                stack.enter_context(stores.using(store))
             index = self._storage.index
             if index is None or index.is_broken or index.is_fresh:
                 # Nobody would find the segments, or those that are there are not known yet.
@@ -143,7 +148,8 @@ class Ahead:
             with store_errors(f"making {marks}"):
                 make_private_directory(marks)
             with CrashMarks(marks, self._agent) as crashes:
-                batch = Batch(store, index, self._workers, crashes, self._pace, largest)
+                workers = self._storage.workers_for(store, self._workers)
+                batch = Batch(store, index, workers, crashes, self._pace, largest)
                 ended = self._seal_all(zones, batch, store)
             if not ended:
                 # All was dealt with: what crashed an earlier sealer is no suspect any more.
@@ -253,7 +259,12 @@ class Ahead:
         """Remove what is used by nobody, from every store; returns the bytes freed."""
         if not segments:
             return 0
-        return sum(store.remove_unreferenced(segments) for store in self._storage.stores.all())
+        return self._in_all(lambda store: store.remove_unreferenced(segments))
+
+    def _in_all(self, remove: Callable[[Store], int]) -> int:
+        stores = self._storage.stores
+        with stores.working():
+            return sum(stores.on(store, partial(remove, store)) for store in stores.all())
 
     def _remove_quietly(self, segments: set[str]) -> None:
         try:
@@ -268,7 +279,7 @@ class Ahead:
             if any(map(is_bundle_id, os.listdir(self._storage.state_dir / SPOOL))):
                 # What an interrupted seal has made, it can use when it is tried again.
                 return 0
-            freed = sum(store.sweep() for store in self._storage.stores.all())
+            freed = self._in_all(Store.sweep)
         if had_strays or self._has_noted_strays:
             self._storage.strays.remove()
         return freed

@@ -1,7 +1,7 @@
 """Rotated logs on their way into a store, before any bundle needs them: read, made pieces, told to the index, claimed.
 
 What is in the store and not in the index is nobody's, so until both are done and the claim protects the segments, they
-have a lease. In memory are one chunk and one pack.
+have a lease. In memory are one group of chunks and one pack.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zonebundle.seal.known import Known
 from zonebundle.seal.marks import CrashMarks
 from zonebundle.seal.reading import has_holes, next_data
 from zonebundle.seal.rotated import File, Rotated
-from zonebundle.seal.workers import Workers
+from zonebundle.seal.workers import GROUP, Workers
 from zonebundle.snapshots.links import is_suspect
 from zonebundle.snapshots.place import is_unwritten
 from zonebundle.store.index import Index
@@ -138,18 +138,22 @@ class Batch:
         is_sparse = has_holes(status)
         is_stored: bool | None = None
         pieces: list[Piece] = []
+        group: list[bytes] = []
         for at, length, zeros in cut(0, size, lambda at: next_data(descriptor, at, size) if is_sparse else at):
+            if group and (zeros or len(group) == GROUP):
+                pieces += self._make(group, status.st_ino, is_stored)
+                group = []
             if zeros:
                 pieces.append(self._store.segments.zero_piece(zeros, OWNER))
                 continue
+            self._pace()
             raw = os.pread(descriptor, length, at)
             if len(raw) < length:
                 return []
             if is_stored is None:
                 is_stored = at == 0 and is_compressed(raw[:MAGIC])
-            self._pace()
-            pieces += self._make([raw], status.st_ino, is_stored)
-        return pieces
+            group.append(raw)
+        return pieces + self._make(group, status.st_ino, is_stored) if group else pieces
 
     def _put_in_pack(self, identity: FileIdentity, raw: bytes) -> None:
         if self._pack and (self._pack_bytes + len(raw) > PACK_BYTES or len(self._pack) >= PACK_LOGS):

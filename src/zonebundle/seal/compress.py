@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from zonebundle.errors import FullError, SealCanceledError
@@ -20,12 +21,13 @@ from zonebundle.model.quantities import format_size
 from zonebundle.model.record import LogFile
 from zonebundle.model.report import Gap
 from zonebundle.seal.areas import OpenAreas
+from zonebundle.seal.jobs import Log, Pack, Ready, Share
 from zonebundle.seal.known import Known
 from zonebundle.seal.marks import CRASHES_TO_SKIP, CrashMarks
 from zonebundle.seal.plan import PlannedLog
 from zonebundle.seal.reading import LogReader, identify, read_whole
 from zonebundle.seal.report import Gaps
-from zonebundle.seal.workers import Workers
+from zonebundle.seal.workers import Group, Workers
 from zonebundle.store.pieces import CHUNK, SMALL, Run, content_digest, deflate, is_compressed, store_uncompressed
 
 # A pack is closed at so many raw bytes or logs, or when so many bytes have been read since it was begun: logs leave
@@ -37,6 +39,8 @@ _PACK_PATIENCE = 32 * CHUNK
 _TINY = 16 << 10
 # So many logs may wait in memory for the first of them.
 _WAITING = 4 * PACK_LOGS
+# The index is asked for so many files at once.
+_ASKED_AT_ONCE = 256
 # So many bytes of a file tell whether it is compressed.
 MAGIC = 12
 
@@ -73,82 +77,17 @@ def make_pieces(
     `is_stored`: they are of a file that is compressed already; None: each is a whole file, which tells by itself.
     Raises StoreError.
     """
-    pieces: list[Piece | None] = []
-    runs = []
-    for raw in raws:
-        digest = content_digest(raw)
-        piece = known.content(digest, len(raw))
-        pieces.append(piece)
-        if piece is None:
+    digests = [content_digest(raw) for raw in raws]
+    pieces = known.contents({digest: len(raw) for digest, raw in zip(digests, raws, strict=True)})
+    runs: dict[str, Run] = {}
+    for digest, raw in zip(digests, raws, strict=True):
+        # Several logs may have one content.
+        if digest not in pieces and digest not in runs:
             as_is = is_compressed(raw[:MAGIC]) if is_stored is None else is_stored
-            runs.append(store_uncompressed(raw, digest) if as_is else deflate(raw, digest))
-    made = iter(segments.put(runs, owner) if runs else ())
-    return [piece or next(made) for piece in pieces]
-
-
-class _Job(Protocol):
-    def done(self) -> bool: ...
-
-    def result(self) -> list[Piece]: ...
-
-
-@dataclass(slots=True)
-class _Log:
-    """A log of which jobs are on their way; `jobs` give its further pieces, in order.
-
-    `identity` is that of what was read, None if it is not certain or known already.
-    """
-
-    planned: PlannedLog
-    pieces: list[Piece]
-    jobs: deque[_Job]
-    is_read: bool = False
-    identity: FileIdentity | None = None
-    is_known: bool = False
-
-    def collect(self, *, block: bool = False) -> bool:
-        """Take the pieces that are ready, in order; whether that was all of them."""
-        while self.jobs and (block or self.jobs[0].done()):
-            self.pieces += self.jobs.popleft().result()
-        return self.is_read and not self.jobs
-
-
-class _Pack:
-    """Small logs that will be one segment; they are read when it is closed."""
-
-    def __init__(self, begun: int) -> None:
-        self.begun = begun
-        self.size = 0
-        self.logs: list[_Log] = []
-        self.future: Future[list[Piece]] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """The job of one log in a pack."""
-
-    pack: _Pack
-    index: int
-
-    def done(self) -> bool:
-        return self.pack.future is not None and self.pack.future.done()
-
-    def result(self) -> list[Piece]:
-        assert self.pack.future is not None
-        return [self.pack.future.result()[self.index]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """A piece that needs no work."""
-
-    piece: Piece
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> list[Piece]:
-        return [self.piece]
+            runs[digest] = store_uncompressed(raw, digest) if as_is else deflate(raw, digest)
+    if runs:
+        pieces |= zip(runs, segments.put(list(runs.values()), owner), strict=True)
+    return [pieces[digest] for digest in digests]
 
 
 class Compression:
@@ -189,8 +128,8 @@ class Compression:
         self._tell = read
         self._may_cut = may_cut
         self.is_cut = False
-        self._logs: deque[_Log] = deque()
-        self._pack: _Pack | None = None
+        self._logs: deque[Log] = deque()
+        self._pack: Pack | None = None
         self._bytes = 0
         self._running: deque[Future[list[Piece]]] = deque()
 
@@ -205,7 +144,8 @@ class Compression:
         finally:
             wait(self._running)
 
-    def _cut_where_full(self, logs: Iterator[PlannedLog]) -> Iterator[tuple[PlannedLog, list[Piece]]]:
+    def _cut_where_full(self, planned: Iterator[PlannedLog]) -> Iterator[tuple[PlannedLog, list[Piece]]]:
+        logs = self._look_ahead(planned)
         try:
             yield from self._iterate(logs)
         except FullError as error:
@@ -214,7 +154,7 @@ class Compression:
             self.is_cut = True
             wait(self._running)
             left = [log.planned.length for log in self._logs]
-            left += (planned.length for planned in logs)
+            left += (log.length for log in logs)
             what = f"{len(left)} logs, {format_size(sum(left))}"
             self._gaps.add(Gap(what, f"they did not fit into the store, the newest are kept: {error}"))
 
@@ -234,6 +174,11 @@ class Compression:
             self._logs[0].collect(block=True)
             yield self._leave()
 
+    def _look_ahead(self, logs: Iterator[PlannedLog]) -> Iterator[PlannedLog]:
+        while some := list(itertools.islice(logs, _ASKED_AT_ONCE)):
+            self._known.foresee(planned.log.identity for planned in some)
+            yield from some
+
     def _leave(self) -> tuple[PlannedLog, list[Piece]]:
         if self._may_cut:
             # What has left is kept, whatever does not fit later.
@@ -247,7 +192,7 @@ class Compression:
 
     def _take(self, planned: PlannedLog) -> None:
         self._check_canceled()
-        log = _Log(planned, [], deque())
+        log = Log(planned, [], deque())
         self._logs.append(log)
         length = planned.length
         if not length or self._find(log):
@@ -265,7 +210,7 @@ class Compression:
         if self._pack is not None and self._bytes - self._pack.begun >= _PACK_PATIENCE:
             self._close_pack()
 
-    def _find(self, log: _Log) -> bool:
+    def _find(self, log: Log) -> bool:
         """Whether the log is known as a whole: then its pieces are there."""
         planned = log.planned.log
         if planned.pieces and self._known.recorded(planned.pieces):
@@ -296,14 +241,14 @@ class Compression:
         if now is not None and replace(now, ctime_ns=known.ctime_ns) == known:
             self._known.renew(known, now.ctime_ns)
 
-    def _put_in_pack(self, log: _Log, length: int) -> None:
+    def _put_in_pack(self, log: Log, length: int) -> None:
         pack = self._pack
         if pack is not None and (pack.size + length > PACK_BYTES or len(pack.logs) >= PACK_LOGS):
             self._close_pack()
             pack = None
         if pack is None:
-            pack = self._pack = _Pack(self._bytes)
-        log.jobs.append(_Share(pack, len(pack.logs)))
+            pack = self._pack = Pack(self._bytes)
+        log.jobs.append(Share(pack, len(pack.logs)))
         pack.logs.append(log)
         pack.size += length
         self._bytes += length
@@ -324,35 +269,43 @@ class Compression:
             raws = self._read_all(logs)
             pack.future = self._submit(lambda slot: self._compress(slot, raws, numbers), pack.size)
 
-    def _read_all(self, logs: list[_Log]) -> list[bytes]:
+    def _read_all(self, logs: list[Log]) -> list[bytes]:
         raws = []
         for log in logs:
             raw, log.identity = read_whole(log.planned.log, self._areas, self._noter(log.planned))
             raws.append(raw)
         return raws
 
-    def _read_chunks(self, log: _Log, reader: LogReader) -> None:
-        number, first = log.planned.number, log.planned.log.first
+    def _read_chunks(self, log: Log, reader: LogReader) -> None:
         is_stored: bool | None = None
-        for at, length, zeros in cut(first, log.planned.log.size, reader.next_data):
-            self._check_canceled()
-            if zeros:
-                log.jobs.append(_Ready(self._segments.zero_piece(zeros, self._owner)))
-                reader.skip(at, at + length)
-                continue
-            raw = reader.read(at, length)
-            if is_stored is None:
-                is_stored = at == 0 and is_compressed(raw[:MAGIC])
-            log.jobs.append(self._submit_chunk(raw, number, is_stored))
-            self._bytes += length
-            log.collect()
+        with self._workers.group() as group:
+            for at, length, zeros in cut(log.planned.log.first, log.planned.log.size, reader.next_data):
+                self._check_canceled()
+                # What a growing log leaves behind, its last chunk, has a segment of its own, which can be removed.
+                if zeros or length < CHUNK or not group.make_room():
+                    self._submit_chunks(log, group, is_stored)
+                if zeros:
+                    log.jobs.append(Ready(self._segments.zero_piece(zeros, self._owner)))
+                    reader.skip(at, at + length)
+                    continue
+                raw = reader.read(at, length)
+                if is_stored is None:
+                    is_stored = at == 0 and is_compressed(raw[:MAGIC])
+                group.chunks.append(raw)
+                self._bytes += length
+            self._submit_chunks(log, group, is_stored)
 
-    def _submit_chunk(self, raw: bytes, number: int, is_stored: bool) -> _Job:
-        return self._submit(
-            lambda slot: self._compress(slot, [raw], (number, number), is_stored=is_stored),
-            len(raw),
-            alone=self._marks.suspects(number),
-        )
+    def _submit_chunks(self, log: Log, group: Group, is_stored: bool | None) -> None:
+        raws, number = group.chunks, log.planned.number
+        if raws:
+            job = self._submit(
+                lambda slot: self._compress(slot, raws, (number, number), is_stored=is_stored),
+                sum(map(len, raws)),
+                alone=self._marks.suspects(number),
+            )
+            log.jobs.append(job)
+            log.collect()
+        group.clear()
 
     def _submit(self, work: Callable[[int], list[Piece]], size: int, *, alone: bool = False) -> Future[list[Piece]]:
         future = self._workers.submit(work, alone=alone)

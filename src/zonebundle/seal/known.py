@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import structlog
 
 from zonebundle.errors import DamagedError, StoreError
 from zonebundle.model.identity import FileIdentity
 from zonebundle.model.manifest import Piece
-from zonebundle.store.index import Index
+from zonebundle.store.index import Index, KnownFile
 from zonebundle.store.replicate import fetch_segments
 from zonebundle.store.store import Store
 
@@ -20,7 +20,7 @@ _BATCH = 8192
 
 
 class Known:
-    """Pieces for the bundle `owner`. `file` and `note` belong to one thread, `content` may be called from any.
+    """Pieces for the bundle `owner`. `file` and `note` belong to one thread, `contents` may be called from any.
 
     Whatever is given has its segments leased to the owner: it is there, and stays.
     """
@@ -34,6 +34,13 @@ class Known:
         self._owner = owner
         self._noted: list[tuple[FileIdentity, tuple[Piece, ...]]] = []
         self._noted_pieces = 0
+        self._foreseen: dict[tuple[int, int], KnownFile | None] = {}
+
+    def foresee(self, identities: Iterable[FileIdentity | None]) -> None:
+        """Look for all files at once that `file` will be asked for next: one by one takes four times as long."""
+        if self._index is not None:
+            keys = [(identity.filesystem, identity.inode) for identity in identities if identity is not None]
+            self._foreseen = dict.fromkeys(keys) | self._index.find_files(keys)
 
     def file(self, identity: FileIdentity | None) -> tuple[FileIdentity, list[Piece]] | None:
         """A file in exactly this state, as the index has it, and its pieces; None if it has to be read.
@@ -42,7 +49,8 @@ class Known:
         """
         if identity is None or self._index is None:
             return None
-        known = self._index.find_file(identity.filesystem, identity.inode)
+        key = identity.filesystem, identity.inode
+        known = self._foreseen[key] if key in self._foreseen else self._index.find_file(*key)
         if known is None or _without_birth(known.identity) != _without_birth(identity):
             return None
         if identity.born_ns not in (0, known.identity.born_ns) or not self._lease(known.pieces):
@@ -61,12 +69,12 @@ class Known:
             return False
         return True
 
-    def content(self, digest: str, length: int) -> Piece | None:
-        """The piece that holds raw bytes with this BLAKE3 (hex)."""
+    def contents(self, wanted: Mapping[str, int]) -> dict[str, Piece]:
+        """By their content, BLAKE3 (hex) → raw bytes: the pieces that hold it."""
         if self._index is None:
-            return None
-        piece = self._index.find_piece(digest, length)
-        return piece if piece is not None and self._lease((piece,)) else None
+            return {}
+        found = self._index.find_pieces(wanted)
+        return {digest: piece for digest, piece in found.items() if self._lease((piece,))}
 
     def _lease(self, pieces: Sequence[Piece]) -> bool:
         digests = {piece.segment for piece in pieces}

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ _LONGEST_PAUSE = 30.0
 # A sealer that lived so long was fine: the next one is started without a pause.
 _HEALTHY = 60.0
 _EXIT_PATIENCE = 2.0
+# Nothing else is done meanwhile: by then it has ended, or a disk that hangs keeps it.
+_REAP_PATIENCE = 0.5
 
 # Of one message: a clean-up names every bundle that it removed.
 _LONGEST_MESSAGE = 64 << 20
@@ -80,7 +83,7 @@ class SealerLink:
     """One supervised sealer process. Belongs to one event loop, and never waits for the sealer in it.
 
     What it is to do is remembered here until the sealer has told its end, and told again to each new sealer: it may
-    die, or be stopped, at any time. What is drained is told to each before everything else.
+    die, or be stopped, at any time. What is drained is told to each as it is started: it opens stores at once.
     """
 
     def __init__(
@@ -112,8 +115,6 @@ class SealerLink:
         self._requests: dict[int, _Request] = {}
         self._numbers = itertools.count(1)
         self._drained: dict[str, None] = {}
-        # Drains that a new sealer has not confirmed yet: nothing else is told before.
-        self._unconfirmed: set[int] = set()
 
     @property
     def pid(self) -> int | None:
@@ -186,7 +187,8 @@ class SealerLink:
         self._requests.clear()
 
     def _spawn(self) -> None:
-        command = [sys.executable, "-P", "-m", "zonebundle.seal", *self._arguments]
+        drained = (argument for path in self._drained for argument in ("--drained", path))
+        command = [sys.executable, "-P", "-m", "zonebundle.seal", *self._arguments, *drained]
         environment = built_environment(
             {
                 # The code that runs here, wherever it was found.
@@ -250,7 +252,6 @@ class SealerLink:
                         self._take(json.loads(line))
         finally:
             self._is_ready = False
-            self._unconfirmed.clear()
             for request in self._requests.values():
                 request.is_repeated = request.is_told
             self._transport = None
@@ -260,18 +261,9 @@ class SealerLink:
         match message:
             case {"ready": _, "indexed": bool(is_indexed)}:
                 self.is_indexed = is_indexed
-                for path in self._drained:
-                    number = next(self._numbers)
-                    self._unconfirmed.add(number)
-                    self._send({"ask": {"request": number, "do": "drain", "path": path}})
-                self._tell_all_if_confirmed()
+                self._tell_all()
             case {"deleted": told}:
                 self._end_deletion(told)
-            case {"answer": told} if told["request"] in self._unconfirmed:
-                if "error" in told:
-                    _log.error("a new sealer may use what is drained", reason=told["error"])
-                self._unconfirmed.discard(told["request"])
-                self._tell_all_if_confirmed()
             case {"answer": told}:
                 self._end_request(told)
             case _:
@@ -285,9 +277,7 @@ class SealerLink:
         if self._transport is not None:
             self._transport.write(json.dumps(message, separators=(",", ":")).encode("ascii") + b"\n")
 
-    def _tell_all_if_confirmed(self) -> None:
-        if self._unconfirmed:
-            return
+    def _tell_all(self) -> None:
         self._is_ready = True
         for bundle_id in self._to_seal:
             self._send({"seal": bundle_id})
@@ -330,8 +320,7 @@ class SealerLink:
         except OSError as error:
             _log.error("the sealer's end cannot be waited for; it is killed", reason=str(error))
             self._process = None
-            process.kill()
-            process.wait()
+            self._reap(process)
             return
         loop.add_reader(descriptor, exited.set)
         try:
@@ -339,14 +328,22 @@ class SealerLink:
                 await asyncio.wait_for(exited.wait(), _EXIT_PATIENCE)
             if not exited.is_set():
                 process.kill()
-                await exited.wait()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(exited.wait(), _EXIT_PATIENCE)
         finally:
             loop.remove_reader(descriptor)
             os.close(descriptor)
             self._process = None
-            # Cancelled again, we do not wait for it to end by itself.
-            process.kill()
-            process.wait()
+            self._reap(process)
+
+    def _reap(self, process: subprocess.Popen[bytes]) -> None:
+        # Cancelled again, we do not wait for it to end by itself.
+        process.kill()
+        try:
+            process.wait(_REAP_PATIENCE)
+        except subprocess.TimeoutExpired:
+            _log.error("the sealer was killed and does not end: a disk hangs", pid=process.pid)
+            threading.Thread(target=process.wait, name="reap the sealer", daemon=True).start()
 
 
 def _future() -> asyncio.Future[Any]:

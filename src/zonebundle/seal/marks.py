@@ -98,6 +98,12 @@ class CrashMarks:
             self._file = -1
 
 
+def forget_marks(entry: Path) -> None:
+    """The seal that made them hangs, which is no crash, and another one begins."""
+    with contextlib.suppress(OSError):
+        os.truncate(entry / _SEALING, 0)
+
+
 def were_left(entry: Path) -> bool:
     """Whether a seal of this entry was interrupted, by a crash or by its agent's end."""
     try:

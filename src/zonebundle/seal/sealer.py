@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from zonebundle.errors import (
     FormatError,
@@ -19,6 +18,7 @@ from zonebundle.errors import (
     NotFoundError,
     SealCanceledError,
     SealError,
+    SilentError,
     SnapshotError,
     StoreError,
 )
@@ -28,25 +28,25 @@ from zonebundle.host.files import sync_directory
 from zonebundle.model.identity import TRUSTED_AGE_NS, FileIdentity
 from zonebundle.model.manifest import Header
 from zonebundle.model.metadata import Metadata, parse_time
-from zonebundle.model.paths import path_to_json
 from zonebundle.model.quantities import format_size
 from zonebundle.model.record import RECORD_FILE, Area
 from zonebundle.model.report import Outcome, Step
 from zonebundle.model.zone import ProcessRef
 from zonebundle.seal.areas import OpenAreas
+from zonebundle.seal.attempt import Attempt
 from zonebundle.seal.compress import Compression
 from zonebundle.seal.entry import Record, SpoolEntry, remove_leftovers
 from zonebundle.seal.known import Known
-from zonebundle.seal.marks import CrashMarks, were_left
+from zonebundle.seal.marks import CrashMarks, forget_marks, were_left
 from zonebundle.seal.outputs import add_outputs
-from zonebundle.seal.plan import Plan, PlannedLog, plan
+from zonebundle.seal.plan import Plan, plan
 from zonebundle.seal.release import Releaser
 from zonebundle.seal.report import describe, report_json, trace_json
 from zonebundle.seal.storage import Storage
 from zonebundle.seal.workers import Workers
 from zonebundle.snapshots.areas import Unlinked
 from zonebundle.store.bundle import StoredBundle
-from zonebundle.store.draft import BundleDraft
+from zonebundle.store.draft import BundleDraft, Origin
 from zonebundle.store.store import Store
 
 # In seconds: the stamps of a file may be this much coarser than its changes, and a little more.
@@ -141,7 +141,7 @@ class Sealer:
             attempts += [(store, True) for store in stores]
         for number, (store, may_cut) in enumerate(attempts, start=1):
             try:
-                self._make(store, entry, progress, canceled, may_cut=may_cut)
+                self._make_there(store, entry, progress, canceled, may_cut=may_cut)
                 self._full.pop(entry.bundle_id, None)
                 return
             except StoreError as error:
@@ -152,6 +152,18 @@ class Sealer:
                     self._full[entry.bundle_id] += isinstance(error, FullError)
                     raise
                 self._storage.stores.give_up(store, error)
+
+    def _make_there(
+        self, store: Store, entry: SpoolEntry, progress: Progress, canceled: threading.Event, *, may_cut: bool
+    ) -> None:
+        attempt = Attempt(canceled)
+        try:
+            self._storage.stores.on(store, lambda: self._make(store, entry, progress, attempt, may_cut=may_cut))
+        except SilentError:
+            # It ends by itself when the store answers again.
+            attempt.set()
+            forget_marks(entry.path)
+            raise
 
     def _make(
         self, store: Store, entry: SpoolEntry, progress: Progress, canceled: threading.Event, *, may_cut: bool
@@ -199,7 +211,7 @@ class Sealer:
             known = Known(self._storage.index, store, entry.bundle_id, self._storage.stores.all())
             work = Compression(
                 areas,
-                self._workers,
+                self._storage.workers_for(store, self._workers),
                 store.segments,
                 entry.bundle_id,
                 known,
@@ -313,7 +325,7 @@ class Sealer:
         with self._storage.stores.working():
             for store in self._storage.stores.all():
                 if store.pruner.is_waiting:
-                    store.pruner.finish()
+                    self._storage.stores.on(store, store.pruner.finish)
 
     def _note_interruption(self, entry: SpoolEntry) -> None:
         # Its segments have no lease any more, and may not be those of the next attempt.
@@ -325,7 +337,7 @@ class Sealer:
         if self._storage.interrupted.is_there:
             with self._storage.stores.working():
                 for store in self._storage.usable():
-                    store.sweep()
+                    self._storage.stores.on(store, store.sweep)
             self._storage.interrupted.remove()
 
     def recover(self) -> None:
@@ -368,7 +380,7 @@ def _add_logs(draft: BundleDraft, planned: Plan, work: Compression) -> str:
                 mode=log.log.mode & 0o7777,
                 mtime_ns=log.log.mtime_ns,
                 pieces=pieces,
-                origin=_origin(log),
+                origin=Origin(log.log.host_root, log.log.host_path, log.log.inode),
             )
             files += 1
             done += log.length
@@ -385,8 +397,3 @@ def _is_in_state(identity: FileIdentity, status: os.stat_result) -> bool:
 
 def _is_same_content(before: os.stat_result, after: os.stat_result) -> bool:
     return (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
-
-
-def _origin(planned: PlannedLog) -> dict[str, Any]:
-    log = planned.log
-    return path_to_json(os.path.join(os.fsencode(log.host_root), log.host_path)) | {"ino": log.inode}

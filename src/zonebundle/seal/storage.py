@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import structlog
 
-from zonebundle.errors import NoSuchBundleError, StoreError
+from zonebundle.errors import NoSuchBundleError, SilentError, StoreError
 from zonebundle.model.manifest import Piece
 from zonebundle.seal.guard import SpoolGuard
+from zonebundle.seal.workers import Workers
 from zonebundle.store.bundle import StoredBundle
 from zonebundle.store.failure import store_errors
 from zonebundle.store.index import Index
@@ -74,14 +76,17 @@ class Storage:
         known = []
         failure: StoreError | None = None
         for directory in self.stores.directories:
+            if self.stores.is_drained(directory):
+                continue
             try:
-                if (store_id := read_format(directory)) is not None:
+                if (store_id := self.stores.at(directory, partial(read_format, directory))) is not None:
                     known.append(store_id)
             except StoreError as error:
                 failure = failure or error
         if not known:
             # Without any store nobody can tell whether the index is of this one.
-            raise failure or StoreError(f"there is no store in {', '.join(map(str, self.stores.directories))}")
+            places = ", ".join(map(str, self.stores.directories))
+            raise failure or StoreError(f"there is no store in {places}, or it is being drained")
         index = Index.open(self._path, known)
         if index.is_fresh:
             # The claims are gone with the old one. Not being able to note that must not keep a bundle from its seal.
@@ -99,10 +104,17 @@ class Storage:
     def _pieces(self) -> Iterator[Piece]:
         seen: set[str] = set()
         for store in self.stores.all():
-            for bundle in store.stored():
-                if (bundle_id := bundle.header.metadata.bundle_id) not in seen:
-                    seen.add(bundle_id)
-                    yield from _pieces_of(bundle)
+            try:
+                for bundle in self.stores.each(store, store.stored):
+                    if (bundle_id := bundle.header.metadata.bundle_id) not in seen:
+                        seen.add(bundle_id)
+                        yield from self.stores.each(store, partial(_pieces_of, bundle))
+            except SilentError as error:
+                _log.warning("not all pieces are known", reason=str(error))
+
+    def workers_for(self, store: Store, workers: Workers) -> Workers:
+        """The threads that write to a store: where there are several, none may take them along when it hangs."""
+        return workers.apart(store.directory) if len(self.stores.directories) > 1 else workers
 
     def close(self) -> None:
         """Give everything back. Nothing may be on its way."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
 import time
 from array import array
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from zonebundle.errors import StoreError
+from zonebundle.errors import SilentError, StoreError
 from zonebundle.model.ids import decode_zone_name
 from zonebundle.model.metadata import Cause, parse_time
 from zonebundle.model.record import LIVE, RECORD_FILE
@@ -55,8 +57,12 @@ class Upkeep:
     def utilization(self) -> dict[str, dict[str, int]]:
         """Omicron's three numbers of every directory that can be had. Raises StoreError if there is none."""
         with self._storage.stores.working():
-            stores = self._storage.usable()
-            return {str(store.directory): usage(store.directory, self._quota).to_json() for store in stores}
+            told = {}
+            for store in self._storage.usable():
+                with _log_silence(store):
+                    measured = self._storage.stores.on(store, partial(usage, store.directory, self._quota))
+                    told[str(store.directory)] = measured.to_json()
+            return told
 
     def plan_clean_up(self, storage_limit: int, priority: Sequence[str], pinned: Collection[str]) -> list[list[str]]:
         """The bundles, [zone, bundle ID] each, that `clean_up` would remove now. Raises StoreError."""
@@ -64,12 +70,19 @@ class Upkeep:
             stores = self._storage.usable()
             doomed: list[list[str]] = []
             for store in stores:
-                used, limit = self._measure(store, storage_limit)
-                if used > limit:
-                    stock = _Stock(store)
-                    plan = self._plan(stock, used, limit, priority, pinned)
-                    doomed += ([removal.zone, removal.bundle_id] for removal in plan.removals)
+                with _log_silence(store):
+                    plan = partial(self._plan_store, store, storage_limit, priority, pinned)
+                    doomed += self._storage.stores.on(store, plan)
             return doomed
+
+    def _plan_store(
+        self, store: Store, percent: int, priority: Sequence[str], pinned: Collection[str]
+    ) -> list[list[str]]:
+        used, limit = self._measure(store, percent)
+        if used <= limit:
+            return []
+        plan = self._plan(_Stock(store), used, limit, priority, pinned)
+        return [[removal.zone, removal.bundle_id] for removal in plan.removals]
 
     def clean_up(
         self,
@@ -90,10 +103,13 @@ class Upkeep:
             stores = self._storage.usable()
             rooms = []
             for store in stores:
-                gone, freed, has_room = self._clean_up(store, storage_limit, priority, set(pinned), among)
-                removed += gone
-                dirs[str(store.directory)] = {"bundles": len(gone), "bytes": freed}
-                rooms.append(has_room)
+                given_up = threading.Event()
+                with _log_silence(store, given_up):
+                    work = partial(self._clean_up, store, storage_limit, priority, set(pinned), among, given_up)
+                    gone, freed, has_room = self._storage.stores.on(store, work)
+                    removed += gone
+                    dirs[str(store.directory)] = {"bundles": len(gone), "bytes": freed}
+                    rooms.append(has_room)
             self.has_room_for_ahead = all(rooms)
         return {"dirs": dirs, "removed": [list(bundle) for bundle in removed]}
 
@@ -104,8 +120,12 @@ class Upkeep:
         priority: Sequence[str],
         pinned: set[str],
         among: Collection[str] | None,
+        given_up: threading.Event,
     ) -> tuple[list[tuple[str, str]], int, bool]:
-        """The bundles removed, the bytes freed, and whether there is room for seal-ahead."""
+        """The bundles removed, the bytes freed, and whether there is room for seal-ahead.
+
+        Once it is `given_up`, because the store did not answer, it removes nothing: somebody may read the bundles.
+        """
         before, limit = self._measure(store, percent)
         if before <= limit:
             return [], 0, before <= limit * _ROOM_FOR_AHEAD
@@ -116,6 +136,8 @@ class Upkeep:
         if among is not None:
             pinned |= {candidate.bundle_id for candidate in stock.candidates} - set(among)
         plan = self._plan(stock, used, limit, priority, pinned)
+        if given_up.is_set():
+            return [], 0, False
         index = self._storage.index
         for removal in plan.removals:
             _log.info("the clean-up removes a bundle", zone=removal.zone, bundle=removal.bundle_id, why=removal.reason)
@@ -151,7 +173,7 @@ class Upkeep:
     def prune(self) -> int:
         """Remove every segment that nobody uses; returns the bytes freed. Raises StoreError."""
         with self._storage.stores.working():
-            return sum(store.sweep() for store in self._storage.usable())
+            return sum(self._storage.stores.on(store, store.sweep) for store in self._storage.usable())
 
     def repair(self) -> dict[str, Any]:
         """Bring every directory that can be had up to date: what one lacks is copied, what was deleted is deleted."""
@@ -220,6 +242,17 @@ class Upkeep:
                 if places:
                     found.append(f"bundle {name}, which is not sealed yet, reads from {places[0]}")
         return found
+
+
+@contextlib.contextmanager
+def _log_silence(store: Store, given_up: threading.Event | None = None) -> Iterator[None]:
+    """What cannot be done in a directory that does not answer must not keep it from the others."""
+    try:
+        yield
+    except SilentError as error:
+        if given_up is not None:
+            given_up.set()
+        _log.warning("a store directory is left out", directory=str(store.directory), reason=str(error))
 
 
 class _Stock:

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,6 +16,8 @@ T = TypeVar("T")
 # One chunk being worked on and one waiting, for each worker: enough to keep it busy.
 _IN_FLIGHT = 2
 _PATIENCE = 5.0
+GROUP = 4
+"""So many adjacent chunks, at most, are one job and one segment: a quarter of the files and of the thread switches."""
 
 
 class Workers:
@@ -31,7 +34,11 @@ class Workers:
         self._turns = _Turns(_IN_FLIGHT * count)
         self._gate = _Gate()
         self._small = threading.Lock()
+        # For what groups hold beyond their first chunk: as much as may be in flight besides.
+        self._spare = threading.Semaphore(_IN_FLIGHT * count * (GROUP - 1))
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="seal-worker", initializer=self._begin_thread)
+        self._apart: dict[Path, Workers] = {}
+        self._making = threading.Lock()
 
     def _begin_thread(self) -> None:
         self._local.slot = next(self._slots)
@@ -61,6 +68,15 @@ class Workers:
             return work(slot)
 
     @contextlib.contextmanager
+    def group(self) -> Iterator[Group]:
+        """Chunks that are gathered for one job."""
+        group = Group(self._spare)
+        try:
+            yield group
+        finally:
+            group.clear()
+
+    @contextlib.contextmanager
     def by_itself(self) -> Iterator[None]:
         """For many small steps that hardly ever release the interpreter's lock: the caller's thread does them.
 
@@ -79,9 +95,46 @@ class Workers:
         with self._gate.beside_others():
             return work(self.count)
 
+    def apart(self, directory: Path) -> Workers:
+        """As many, for one directory alone, which may hang with them. They end with these."""
+        with self._making:
+            if directory not in self._apart:
+                self._apart[directory] = Workers(self.count)
+            return self._apart[directory]
+
     def close(self) -> None:
         """Wait for what runs, and end the threads."""
+        for workers in self._apart.values():
+            workers.close()
         self._threads.shutdown(wait=True)
+
+
+class Group:
+    """Chunks of one log that are read and not handed in yet, at most GROUP.
+
+    Many bundles gather at a time: who finds the memory for it taken has groups of one.
+    """
+
+    def __init__(self, spare: threading.Semaphore) -> None:
+        self._spare = spare
+        self._taken = 0
+        self.chunks: list[bytes] = []
+
+    def make_room(self) -> bool:
+        """Whether a chunk may be added before those that are there are handed in."""
+        if not self.chunks:
+            return True
+        if len(self.chunks) == GROUP or not self._spare.acquire(blocking=False):
+            return False
+        self._taken += 1
+        return True
+
+    def clear(self) -> None:
+        """They are handed in, or given up."""
+        self.chunks = []
+        for _ in range(self._taken):
+            self._spare.release()
+        self._taken = 0
 
 
 class _Turns:

@@ -93,6 +93,9 @@ def destroy_area(area: Area, installation: str, unlinked: Unlinked | None = None
     that only we can write. Files are removed one by one; a hard-linked log loses our name for it, not its own, and
     `unlinked` is told of it: the status before, and after, which differs in ctime.
     """
+    if area.kind == "entry":
+        # The spool entry itself: it goes when nothing is to be sealed from it any more.
+        return
     path = Path(area.path)
     if parse_snapshot_name(path.name) != (installation, area.leader):
         raise SnapshotError(

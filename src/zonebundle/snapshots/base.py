@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
-from zonebundle.model.identity import FileIdentity
-from zonebundle.model.manifest import Piece
 from zonebundle.model.paths import printable
 from zonebundle.model.zone import LogTree
 
@@ -69,13 +67,13 @@ class Choice:
 
 
 class KnownFile(Protocol):
-    """A state of a file, and the pieces in the store that hold it."""
+    """A state of a file (size, mtime, ctime), and the pieces in the store that hold it, in JSON."""
 
     @property
-    def identity(self) -> FileIdentity: ...
+    def state(self) -> tuple[int, int, int]: ...
 
     @property
-    def pieces(self) -> tuple[Piece, ...]: ...
+    def pieces_json(self) -> str: ...
 
 
 class KnownFiles(Protocol):
@@ -92,4 +90,4 @@ def log_name(tree: LogTree, path: str) -> str:
 
 def path_in_source(tree: LogTree, path: str) -> str:
     """The path of a log relative to its source, of its path relative to its tree."""
-    return "/".join(part for part in (tree.prefix, path) if part)
+    return f"{tree.prefix}/{path}" if tree.prefix and path else tree.prefix or path

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from zonebundle.snapshots.listing import Key, Listed
@@ -41,6 +42,8 @@ _NAME = re.compile(
 _SEPARATORS = str.maketrans("", "", "-_T.:")
 
 
+# The same names come again in every hold of a zone, and mostly in those of its like.
+@lru_cache(maxsize=8192)
 def parse(name: str) -> tuple[str, Age]:
     """The family of a file's name and its age in it; CURRENT if nothing in the name says that it was rotated."""
     match = _NAME.fullmatch(name)

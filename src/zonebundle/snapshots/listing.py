@@ -1,7 +1,7 @@
 """Lists the wanted files of a log tree, fast and bounded, again and again while they are rotated.
 
 The first listing takes each file's stat; a later one asks for a stat only where the inode is new, because a directory
-tells names and inode numbers by itself.
+tells names and inode numbers by itself. None is needed where the directories' own stamps say that it would be the same.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections import deque
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
@@ -16,11 +17,15 @@ from typing import Final
 
 from zonebundle.host import syscalls
 from zonebundle.host.files import MAX_DEPTH, describe_kind
+from zonebundle.model.identity import are_settled
 from zonebundle.model.zone import LogTree
 from zonebundle.snapshots.wanted import Wanted
 
 # (st_dev, st_ino): a tree may span btrfs subvolumes, each with its own numbers.
 Key = tuple[int, int]
+
+# Device, inode, ctime.
+_State = tuple[int, int, int]
 
 # Collected through journalctl only: the files are binary, and half written while journald lives.
 _JOURNAL: Final = (".journal", ".journal~")
@@ -72,6 +77,9 @@ class TreeListing:
         self._is_foreign = tree.via is not None
         # On overlay, and where a file is itself a mount, the directory's inode numbers are not those of stat.
         self._are_numbers_true = True
+        # By directory, its state before it was listed last; None if that does not tell of every later change.
+        self._states: dict[str, _State | None] = {}
+        self._is_whole = False
 
     def look(self, known: Container[Key], is_over: Callable[[], bool]) -> Listing:
         """Every wanted file, breadth first. A directory that cannot be read costs only itself.
@@ -83,6 +91,8 @@ class TreeListing:
         """
         listing = Listing()
         known = known if self._are_numbers_true else ()
+        self._states.clear()
+        self._is_whole = True
         pending = deque((top, 0) for top in self._wanted.tops)
         while pending:
             directory, depth = pending.popleft()
@@ -90,7 +100,7 @@ class TreeListing:
                 listing.is_complete = False
                 break
             try:
-                descriptor = syscalls.openat2(self._root, os.fsencode(directory or "."), _DIRECTORY, _BENEATH)
+                descriptor = self._open(directory)
             except OSError as error:
                 self._refuse(listing, directory, error)
                 continue
@@ -105,9 +115,38 @@ class TreeListing:
                 pending.extend((path, depth + 1) for path in below)
             else:
                 listing.lost.update((path, f"is deeper than {MAX_DEPTH} directories") for path in below)
+        self._is_whole &= listing.is_complete and not listing.lost
         return listing
 
+    def is_unchanged(self, is_over: Callable[[], bool]) -> bool:
+        """Whether another look would find the names and inodes of the last one; False where that cannot be told.
+
+        Whatever changes an entry of a directory changes its ctime, which only the kernel's clock sets. A ctime that
+        was settled before the directory was listed shows every change since, as for a file's identity.
+        """
+        if not self._is_whole:
+            return False
+        for directory, before in self._states.items():
+            if before is None or is_over():
+                return False
+            try:
+                descriptor = self._open(directory)
+            except OSError:
+                return False
+            try:
+                now = os.fstat(descriptor)
+            finally:
+                os.close(descriptor)
+            if (now.st_dev, now.st_ino, now.st_ctime_ns) != before:
+                return False
+        return True
+
+    def _open(self, directory: str) -> int:
+        return syscalls.openat2(self._root, os.fsencode(directory or "."), _DIRECTORY, _BENEATH)
+
     def _refuse(self, listing: Listing, directory: str, error: OSError) -> None:
+        # It may be reached later without a change of any directory: by an unmount, by new permissions.
+        self._is_whole = False
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             # It may vanish while the zone lives; then there is nothing to lose.
             return
@@ -132,7 +171,9 @@ class TreeListing:
         prefix = f"{directory}/" if directory else ""
         is_covered = self._wanted.covers(directory)
         matches, files = self._wanted.matches, listing.files
-        device = os.fstat(descriptor).st_dev
+        status = os.fstat(descriptor)
+        device = status.st_dev
+        self._states[directory] = _state(status)
         below: list[str] = []
         with os.scandir(descriptor) as entries:
             for number, entry in enumerate(entries, start=1):
@@ -168,6 +209,12 @@ class TreeListing:
                     key = (status.st_dev, status.st_ino)
                 files.append(Listed(self._number, path, key, status))
         return below
+
+
+def _state(directory: os.stat_result) -> _State | None:
+    """The state of a directory that is about to be listed, if its ctime is old enough to show every later change."""
+    ctime = directory.st_ctime_ns
+    return (directory.st_dev, directory.st_ino, ctime) if are_settled(ctime, ctime, time.time_ns()) else None
 
 
 def _skip_other(listing: Listing, entry: os.DirEntry[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from zonebundle.model.identity import FileIdentity
 from zonebundle.model.quantities import format_size
-from zonebundle.model.record import Limits, LogFile
+from zonebundle.model.record import KnownLog, Limits, LogFile
 from zonebundle.model.report import Gap, Outcome, Step
 from zonebundle.model.zone import LogTree
 from zonebundle.snapshots.base import log_name, path_in_source
@@ -16,8 +16,10 @@ from zonebundle.snapshots.latest import Latest, Taken
 from zonebundle.snapshots.listing import Key
 from zonebundle.snapshots.place import Placed, live_parts
 
+Told = LogFile | KnownLog | Gap | Step
 
-def tell(trees: Sequence[LogTree], taken: Taken, latest: Latest, limits: Limits) -> Iterator[LogFile | Gap | Step]:
+
+def tell(trees: Sequence[LogTree], taken: Taken, latest: Latest, limits: Limits) -> Iterator[Told]:
     """The logs, newest first and under the names of the latest listing, then what is missing or not as usual."""
     left = left_bytes = 0
     for file in latest.order:
@@ -43,7 +45,19 @@ def tell(trees: Sequence[LogTree], taken: Taken, latest: Latest, limits: Limits)
 
 def _log(
     tree: LogTree, path: str, key: Key, mode: int, placed: Placed, identity: FileIdentity | None = None
-) -> LogFile:
+) -> LogFile | KnownLog:
+    if placed.known is not None:
+        return KnownLog(
+            tree.source,
+            path_in_source(tree, path),
+            tree.path,
+            path,
+            placed.size,
+            mode,
+            placed.mtime_ns,
+            key[1],
+            placed.known.pieces_json,
+        )
     return LogFile(
         source=tree.source,
         path=os.fsencode(path_in_source(tree, path)),
@@ -54,7 +68,6 @@ def _log(
         mtime_ns=placed.mtime_ns,
         inode=key[1],
         parts=placed.parts,
-        pieces=placed.pieces,
         # What grew since then is read behind: together that is another state.
         identity=identity if identity is not None and identity.size == placed.size else None,
     )

@@ -9,23 +9,23 @@ its name alone, because rotation reuses names, and file systems reuse inode numb
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from zonebundle.errors import HostError, NotRegularFileError, SnapshotError
+from zonebundle.errors import HostError, NotRegularFileError
 from zonebundle.host.files import open_regular_beneath
 from zonebundle.model.identity import FileIdentity
-from zonebundle.model.record import Limits, LogFile
-from zonebundle.model.report import Gap, Outcome, Step
+from zonebundle.model.record import Limits
+from zonebundle.model.report import Gap
 from zonebundle.snapshots.base import Choice, Kind, KnownFiles, OpenTree
 from zonebundle.snapshots.latest import Latest, Staged, Taken, names_of
 from zonebundle.snapshots.links import Links
 from zonebundle.snapshots.listing import Key, Listed, Listing
-from zonebundle.snapshots.outcome import tell
-from zonebundle.snapshots.place import AreaFiles, Placed, RewrittenError, is_unwritten, live_parts
+from zonebundle.snapshots.outcome import Told, tell
+from zonebundle.snapshots.place import Placed, RewrittenError, live_parts
+from zonebundle.snapshots.placing import LITTLE, NO_SPACE, Bounds, Near, Placing
 from zonebundle.snapshots.tree import Tree, open_tree
 
 # Listings after the first one, until they show nothing new.
@@ -37,9 +37,6 @@ _HAND_OVER = 30e-6
 
 # The number of a tree, and the path of a directory below it.
 Directory = tuple[int, str]
-
-_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
-_NEVER_WORKS = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS})
 
 
 def stage(
@@ -54,10 +51,12 @@ def stage(
     durable: bool,
     known: KnownFiles | None = None,
     prepare: Callable[[], None] | None = None,
-) -> Iterator[LogFile | Gap | Step]:
+    near: Near | None = None,
+) -> Iterator[Told]:
     """Stage the logs of `trees` into `area`, whose number in the record is `number`.
 
-    The area is made by `prepare` (None: it is prepared already) when something is to be put there, which may be never.
+    The area is made by `prepare` (None: it is prepared already) when something is to be put there, which may be never:
+    where a few small current logs are all that is to be staged, they are copied into `near`, the bundle's spool entry.
 
     Yields the logs, newest first, then gaps and steps. `deadline` is a time.monotonic(): what is not staged by then is
     a log with one live part. `copy_limit` bounds the bytes copied of one log (older ones become a live part), `limits`
@@ -84,14 +83,15 @@ def stage(
         links_current=durable and not living,
         known=None if durable else known,
         prepare=prepare,
+        near=None if durable else near,
     )
     try:
         staging.run()
         yield from tell([tree.tree for tree, _ in trees], staging.taken, staging.latest, limits)
         if durable:
-            staging.sync()
+            staging.placing.sync()
     finally:
-        staging.close()
+        staging.placing.close()
 
 
 class _Staging:
@@ -109,12 +109,11 @@ class _Staging:
         links_current: bool,
         known: KnownFiles | None,
         prepare: Callable[[], None] | None,
+        near: Near | None,
     ) -> None:
         self._trees = [open_tree(index, tree, choice.kind) for index, (tree, choice) in enumerate(trees)]
-        self._area = area
         self._limits = limits
         self._known = known
-        self._links_current = links_current
         self._stop = deadline
         self._end = max(deadline, time.monotonic()) + _LISTING_GRACE
         self.taken = Taken()
@@ -122,25 +121,18 @@ class _Staging:
         self._shrunk: set[Directory] = set()
         self._links = Links(area.parent)
         self.latest = Latest([], self.taken.staged, limits)
-        self._prepare = prepare
-        self._number = number
-        self._copy_limit = copy_limit
-        self._files: AreaFiles | None = None
-        self._is_refused = False
-
-    def close(self) -> None:
-        if self._files is not None:
-            self._files.close()
-
-    def sync(self) -> None:
-        if self._files is not None:
-            try:
-                self._files.sync()
-            except OSError as error:
-                raise SnapshotError(f"what was staged in {self._area} cannot be made durable: {error}") from None
+        self.placing = Placing(
+            area,
+            number,
+            Bounds(copy_limit, limits.file, self._is_late),
+            self.taken.steps,
+            prepare=prepare,
+            near=near,
+            links_current=links_current,
+        )
 
     def _is_late(self) -> bool:
-        return self._is_refused or time.monotonic() >= self._stop
+        return self.placing.is_refused or time.monotonic() >= self._stop
 
     def _is_over(self) -> bool:
         return time.monotonic() >= self._end
@@ -152,6 +144,8 @@ class _Staging:
         self._take_known(order)
         # Handing the logs over takes time as well.
         self._stop -= min(len(order) * _HAND_OVER, max(0.0, self._stop - time.monotonic()) / 2)
+        if not self._is_little(order):
+            self.placing.near = None
         self._stage_all(order)
         if not self.latest.is_complete:
             self._gap_everywhere("the budget ended while its directories were listed: what was not listed is missing")
@@ -164,6 +158,18 @@ class _Staging:
             "lines between its files may be missing"
         )
 
+    def _is_little(self, order: Iterable[Listed]) -> bool:
+        """Whether all that is to be staged are current logs that will be copied, and small."""
+        if self.placing.near is None or any(tree.kind in (Kind.BTRFS, Kind.REFLINK) for tree in self._trees):
+            return False
+        size = 0
+        for file in order:
+            if file.key not in self.taken.staged and file.status is not None and file.status.st_size:
+                size += file.status.st_size
+                if file.key not in self.latest.current or size > LITTLE:
+                    return False
+        return True
+
     def _list(self) -> list[Listing]:
         return [tree.listing.look(self.taken.staged, self._is_over) for tree in self._trees]
 
@@ -172,11 +178,11 @@ class _Staging:
 
     def _follow(self) -> bool:
         """List again and take what is new; False if nothing is."""
-        listings = self._list()
+        listings = self._list_again()
         if not all(listing.is_complete for listing in listings):
             self._gap_everywhere("the budget ended before it was clear whether files were rotated meanwhile")
             return False
-        is_same = names_of(listings) == self.latest.names and not self._shrunk
+        is_same = not self._shrunk and self._show_the_same(listings)
         if is_same and not self._waiting():
             return False
         before, self.latest = self.latest, self._arrange(listings)
@@ -200,6 +206,23 @@ class _Staging:
             if (_directory_of(file) in stirred or file.key in moved) and file.key not in waited:
                 self._verify(file)
         return True
+
+    def _list_again(self) -> list[Listing]:
+        """A fresh listing of each tree, or the last one where the stamps of its directories say that it still holds.
+
+        Where logs are only copied, the file system may be an odd one (overlay, network): there, all are listed.
+        """
+        return [
+            before
+            if tree.kind is not Kind.COPY and tree.listing.is_unchanged(self._is_over)
+            else tree.listing.look(self.taken.staged, self._is_over)
+            for tree, before in zip(self._trees, self.latest.listings, strict=True)
+        ]
+
+    def _show_the_same(self, listings: list[Listing]) -> bool:
+        if all(now is before for now, before in zip(listings, self.latest.listings, strict=True)):
+            return True
+        return names_of(listings) == self.latest.names
 
     def _waiting(self) -> list[Listed]:
         return [file for file in self.latest.order if not self.taken.is_settled(file.key)]
@@ -236,12 +259,13 @@ class _Staging:
         """Take the files that are in a state which the store has. Their inodes have been ours to read before."""
         if self._known is None:
             return
-        listed = {file.key: file for file in files if file.status is not None and file.status.st_size}
-        for number, tree in enumerate(self._trees):
-            asked = [file.status for file in listed.values() if file.tree == number and file.status is not None]
-            for status, placed in tree.find_known(self._known, asked, self._limits.file):
-                file = listed[status.st_dev, status.st_ino]
-                self._note(file, file.key, status, placed)
+        by_tree: list[list[Listed]] = [[] for _ in self._trees]
+        for file in files:
+            by_tree[file.tree].append(file)
+        for tree, listed in zip(self._trees, by_tree, strict=True):
+            for file, placed in tree.find_known(self._known, listed, self._limits.file):
+                assert file.status is not None
+                self._note(file, file.key, file.status, placed)
 
     def _stage_all(self, files: Iterable[Listed]) -> None:
         for file in files:
@@ -289,12 +313,12 @@ class _Staging:
             self._refuse(file, key, reason)
             return
         try:
-            placed = self._place(tree, file, source, status)
+            placed = self.placing.place(tree, source, status, is_current=file.key in self.latest.current)
         except RewrittenError as error:
             self._leave(key, status)
             self.taken.gaps.append(Gap(tree.name(file.path), f"{error}; it is read behind, as it is then"))
         except OSError as error:
-            if error.errno in _NO_SPACE:
+            if error.errno in NO_SPACE:
                 self._leave(key, status)
             else:
                 self._refuse(file, key, f"cannot be staged: {error.strerror}")
@@ -308,60 +332,13 @@ class _Staging:
                 self._shrunk.add(_directory_of(file))
             self._note(file, key, status, placed, tree.identify(source, status, placed))
 
-    def _open_area(self) -> AreaFiles:
-        if self._files is None:
-            try:
-                if self._prepare is not None:
-                    self._prepare()
-                self._files = AreaFiles(
-                    self._area,
-                    self._number,
-                    copy_limit=self._copy_limit,
-                    file_limit=self._limits.file,
-                    is_late=self._is_late,
-                )
-            except OSError as error:
-                self._is_refused = True
-                detail = f"{self._area} cannot be used, logs are read behind: {error.strerror}"
-                self.taken.steps.append(Step("stage", Outcome.FAIL, detail=detail))
-                raise OSError(errno.ENOSPC, "no area") from error
-        return self._files
-
-    def _place(self, tree: Tree, file: Listed, source: int, status: os.stat_result) -> Placed:
-        files = self._open_area()
-        if tree.kind in (Kind.BTRFS, Kind.REFLINK):
-            try:
-                return files.clone(source, status)
-            except OSError as error:
-                if error.errno in _NO_SPACE:
-                    raise
-                # Some files cannot be cloned where others can: btrfs refuses those without copy-on-write.
-                if error.errno in _NEVER_WORKS:
-                    self._fall_back(tree, Kind.HARDLINK, error)
-        if tree.kind is not Kind.COPY and self._may_link(file, source):
-            try:
-                return files.link(source, status)
-            except OSError as error:
-                if error.errno in _NO_SPACE:
-                    raise
-                # Others are refused one by one: links of other users' files, immutable files, too many links.
-                if error.errno in _NEVER_WORKS:
-                    self._fall_back(tree, Kind.COPY, error)
-        return files.copy(source, status)
-
-    def _fall_back(self, tree: Tree, kind: Kind, error: OSError) -> None:
-        detail = f"{tree.kind} does not work here ({error.strerror}), {kind} is tried"
-        self.taken.steps.append(Step(tree.name(), Outcome.FAIL, detail=detail))
-        tree.kind = kind
-
-    def _may_link(self, file: Listed, source: int) -> bool:
-        return (file.key not in self.latest.current or self._links_current) and is_unwritten(source)
-
     def _has_grown(self, source: int, placed: Placed) -> bool:
         """Whether a log still begins with what was taken of it before; of a known one, nobody can tell that."""
-        if placed.pieces or self._files is None:
+        if placed.known is not None:
             return False
-        return not placed.parts or self._files.continues(source, placed.parts[-1])
+        if not placed.parts:
+            return True
+        return self.placing.continues(source, placed.parts[-1])
 
     def _note(
         self,
@@ -383,7 +360,9 @@ class _Staging:
         if staged is None:
             self.taken.left.add(key)
         elif status.st_size > staged.placed.size:
-            parts = (*staged.placed.parts, *live_parts(staged.placed.size, status.st_size))
+            placed = staged.placed
+            before = live_parts(0, placed.size) if placed.known is not None else placed.parts
+            parts = (*before, *live_parts(placed.size, status.st_size))
             staged.placed = Placed(status.st_size, status.st_mtime_ns, parts)
 
     def _gap_everywhere(self, reason: str) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from zonebundle.host import syscalls
-from zonebundle.model.identity import FileIdentity
+from zonebundle.model.identity import FileIdentity, are_settled
 from zonebundle.snapshots.base import Kind, KnownFiles, OpenTree, log_name
-from zonebundle.snapshots.listing import TreeListing
-from zonebundle.snapshots.place import Placed, live_parts
+from zonebundle.snapshots.listing import Listed, TreeListing
+from zonebundle.snapshots.place import Placed
 
 
 @dataclass(slots=True)
@@ -36,7 +36,8 @@ class Tree:
 
         Of a link the time of birth is left to the sealer, which finds it at the link.
         """
-        if not placed.parts or placed.parts[0].start or any(part.origin == "live" for part in placed.parts):
+        # What is read live is not certain; it comes before what was staged.
+        if not placed.parts or placed.parts[0].start or placed.parts[0].origin == "live":
             return None
         if status.st_dev != self.device or placed.size != status.st_size:
             return None
@@ -51,30 +52,25 @@ class Tree:
         )
         return identity if identity.is_settled(time.time_ns()) else None
 
-    def find_known(
-        self, files: KnownFiles, asked: Sequence[os.stat_result], limit: int
-    ) -> Iterator[tuple[os.stat_result, Placed]]:
-        """Those of the files listed that are in a state which the store has.
+    def find_known(self, files: KnownFiles, listed: Iterable[Listed], limit: int) -> Iterator[tuple[Listed, Placed]]:
+        """Those of this tree's files that are in a state which the store has.
 
         A state is told by inode, size, mtime and ctime. The birth, which would cost a system call each, is left out:
         an inode that was used again has another ctime, which nobody but the kernel's clock can set.
         """
-        statuses = {status.st_ino: status for status in asked if status.st_dev == self.device and status.st_nlink == 1}
-        if not statuses:
+        asked: dict[int, tuple[Listed, os.stat_result]] = {}
+        for file in listed:
+            status = file.status
+            if status is not None and status.st_size and status.st_nlink == 1 and status.st_dev == self.device:
+                asked[status.st_ino] = file, status
+        if not asked:
             return
         now = time.time_ns()
-        for inode, known in files.known(self.filesystem, list(statuses)).items():
-            status, identity = statuses[inode], known.identity
-            state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-            if (
-                (identity.size, identity.mtime_ns, identity.ctime_ns) == state
-                and identity.size <= limit
-                and identity.is_settled(now)
-            ):
-                yield (
-                    status,
-                    Placed(identity.size, identity.mtime_ns, live_parts(0, identity.size), pieces=known.pieces),
-                )
+        for inode, known in files.known(self.filesystem, list(asked)).items():
+            file, status = asked[inode]
+            size, mtime, ctime = state = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+            if known.state == state and size <= limit and are_settled(mtime, ctime, now):
+                yield file, Placed(size, mtime, known=known)
 
 
 def open_tree(number: int, tree: OpenTree, kind: Kind) -> Tree:

@@ -18,7 +18,7 @@ from blake3 import blake3
 from isal import isal_zlib
 
 from zonebundle.errors import DamagedError, NoSuchBundleError, NotFoundError
-from zonebundle.model.manifest import Entry, Header, decode_line, encode_line
+from zonebundle.model.manifest import Entry, Header, decode_line, digest_from_text, encode_line
 from zonebundle.model.paths import path_to_json, printable
 from zonebundle.store.failure import store_errors
 from zonebundle.store.segments import Segments
@@ -31,7 +31,8 @@ DELETED = "manifest.deleted"
 _BLOCK = 1 << 20
 _HEADER_LIMIT = 64 << 10
 # In JSON a quotation mark inside of a string has a backslash before it, so no path can look like this.
-_SEGMENT = re.compile(rb'\["([0-9a-f]{64})",')
+# Format 1 had digests in hex: its segments must not be taken for nobody's.
+_SEGMENT = re.compile(rb'\["(?:([A-Za-z0-9+/]{43})|([0-9a-f]{64}))",')
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +171,8 @@ def segments_in(manifest: Path) -> Iterator[str]:
         return
     with file:
         for line in file:
-            for digest in _SEGMENT.findall(line):
-                yield digest.decode("ascii")
+            for digest, in_hex in _SEGMENT.findall(line):
+                yield digest_from_text(digest) if digest else in_hex.decode("ascii")
 
 
 def _parse_header(line: bytes, directory: Path) -> Header:

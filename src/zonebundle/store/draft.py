@@ -12,10 +12,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, NamedTuple, Self
 
 from isal import isal_zlib
 
@@ -39,6 +39,14 @@ _BUFFER = 256 << 10
 _PERMISSIONS = 0o777
 
 
+class Origin(NamedTuple):
+    """Where on the host a log was: `path` below the directory `root`, with this inode number."""
+
+    root: str
+    path: bytes
+    inode: int
+
+
 class BundleDraft:
     """A bundle that is being written, entry by entry in the order of the archive. One thread at a time.
 
@@ -58,6 +66,7 @@ class BundleDraft:
         self._padding = b""
         self._packed = 0
         self._raw = 0
+        self._sources: dict[str, str] = {}
         self._open = True
         self._whole = True
         self._directory = store.make_draft(metadata.zone, metadata.bundle_id)
@@ -118,9 +127,11 @@ class BundleDraft:
         mode: int,
         mtime_ns: int,
         pieces: Sequence[Piece],
-        origin: Mapping[str, Any] | None = None,
+        origin: Origin | None = None,
     ) -> bytes:
         """Add a log of `size` bytes that are those of `pieces`; returns its path, which differs if it was taken.
+
+        `path` is `logs/<source>/…`; of a log whose `origin` is not given none is told.
 
         Raises ValueError if the pieces have another length, or a segment that was not put under the bundle's ID;
         StoreError.
@@ -136,7 +147,9 @@ class BundleDraft:
         try:
             cut = self._frame.insert(crc32, raw) if pieces else 0
             self._packed += packed
-            self._end(Entry(path, size, crc32, mode & _PERMISSIONS, mtime_ns, tuple(pieces), cut, dict(origin or ())))
+            inode, host_path = (origin.inode, self._elsewhere(path, origin)) if origin else (0, b"")
+            mode &= _PERMISSIONS
+            self._end(Entry(path, size, crc32, mode, mtime_ns, tuple(pieces), cut, inode, host_path))
         except OSError as error:
             raise explain(f"writing {self._directory}", error) from error
         return path
@@ -151,7 +164,7 @@ class BundleDraft:
         if not self._whole:
             raise StoreError(f"bundle {self._owner} has an entry that was not written to its end; seal it again")
         self._whole = False
-        header = Header(self._metadata, hold_seconds, graceful_seconds, gaps, self._packed, self._raw)
+        header = Header(self._metadata, hold_seconds, graceful_seconds, gaps, self._packed, self._raw, self._sources)
         segments = self._store.segments
         segments.flush()
         if missing := segments.missing(self._owner):
@@ -196,6 +209,17 @@ class BundleDraft:
         self._store.unpublish(self._directory)
         self._store.remove_draft(self._directory)
         self._store.remove_unreferenced(candidates)
+
+    def _elsewhere(self, path: bytes, origin: Origin) -> bytes:
+        """Where a log was on the host, if its entry's path and the directory of its source do not tell."""
+        at = os.path.join(os.fsencode(origin.root), origin.path)
+        source, _, below = path.removeprefix(b"logs/").partition(b"/")
+        # The directory is told once, as a rule: the path in each line would be a fifth of the manifest.
+        if at.endswith(b"/" + below):
+            directory = os.fsdecode(at[: -len(below) - 1])
+            if self._sources.setdefault(os.fsdecode(source), directory) == directory:
+                return b""
+        return at
 
     def _free(self, path: bytes) -> bytes:
         if not path or b"\0" in path or any(part in (b"", b".", b"..") for part in path.split(b"/")):

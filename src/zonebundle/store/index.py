@@ -12,7 +12,7 @@ import contextlib
 import functools
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -99,35 +99,50 @@ class Index:
 
     def find_file(self, filesystem: int, inode: int) -> KnownFile | None:
         """The state of a file that is known; compare its identity."""
+        return self.find_files([(filesystem, inode)]).get((filesystem, inode))
 
-        def find(connection: sqlite3.Connection) -> KnownFile | None:
-            data = database.file_data(connection, (signed(filesystem), signed(inode)))
-            if data is None:
-                return None
-            file = decode_file(data)
-            if file is None or (file.identity.filesystem, file.identity.inode) != (filesystem, inode):
-                raise database.damage("files")
-            return file
+    def find_files(self, wanted: Iterable[tuple[int, int]]) -> dict[tuple[int, int], KnownFile]:
+        """Those of these files (file system, inode) that are known, as `find_file` gives them."""
 
-        return self._ask("looking for a file", find, None)
+        def find(connection: sqlite3.Connection, keys: Sequence[Key]) -> dict[tuple[int, int], KnownFile]:
+            found = {}
+            for *key, data in database.files_data(connection, keys):
+                file = decode_file(data)
+                if file is None or [signed(file.identity.filesystem), signed(file.identity.inode)] != key:
+                    raise database.damage("files")
+                found[file.identity.filesystem, file.identity.inode] = file
+            return found
 
-    def find_piece(self, content: str, raw: int) -> Piece | None:
-        """A piece of `raw` bytes whose BLAKE3 (hex) is `content`, to be used once."""
+        nothing: dict[tuple[int, int], KnownFile] = {}
+        files: dict[tuple[int, int], KnownFile] = {}
+        for keys in database.chunks((signed(filesystem), signed(inode)) for filesystem, inode in wanted):
+            files |= self._ask("looking for files", functools.partial(find, keys=keys), nothing)
+        return files
 
-        def find(connection: sqlite3.Connection) -> Piece | None:
+    def find_pieces(self, wanted: Mapping[str, int]) -> dict[str, Piece]:
+        """By their content, BLAKE3 (hex) → raw bytes: pieces that hold it, each to be used once."""
+
+        def find(connection: sqlite3.Connection, keys: Sequence[int]) -> dict[str, Piece]:
             rows = connection.execute(
-                "SELECT data FROM contents CROSS JOIN pieces USING (segment, offset) WHERE content = ?",
-                (digest_key(content),),
-            ).fetchall()
+                "SELECT data FROM contents CROSS JOIN pieces USING (segment, offset)"
+                f" WHERE content IN {database.marks(len(keys))}",
+                keys,
+            )
+            found = {}
             for (data,) in rows:
                 piece = decode_piece(data)
                 if piece is None:
                     raise database.damage("pieces")
-                if piece.blake3 == content and piece.raw == raw:
-                    return piece
-            return None
+                # Two contents may have one key.
+                if wanted.get(piece.blake3) == piece.raw:
+                    found[piece.blake3] = piece
+            return found
 
-        return self._ask("looking for a piece", find, None)
+        nothing: dict[str, Piece] = {}
+        pieces: dict[str, Piece] = {}
+        for keys in database.chunks(map(digest_key, wanted)):
+            pieces |= self._ask("looking for pieces", functools.partial(find, keys=keys), nothing)
+        return pieces
 
     def add(self, files: Iterable[tuple[FileIdentity, Sequence[Piece]]], pieces: Iterable[Piece] = ()) -> None:
         """Know these files by their pieces, and all pieces by their content. Their segments must be durable.

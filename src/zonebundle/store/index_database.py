@@ -224,6 +224,15 @@ def file_data(connection: sqlite3.Connection, key: Key) -> Any:
     return None if row is None else row[0]
 
 
+def files_data(connection: sqlite3.Connection, keys: Sequence[Key]) -> list[tuple[int, int, Any]]:
+    """The rows (file system, inode, data) of those of the files that are there, as they were found."""
+    return connection.execute(
+        f"WITH wanted (filesystem, inode) AS (VALUES {_rows_of_marks(len(keys), 2)})"
+        " SELECT filesystem, inode, data FROM wanted CROSS JOIN files USING (filesystem, inode)",
+        list(itertools.chain.from_iterable(keys)),
+    ).fetchall()
+
+
 def file_body(connection: sqlite3.Connection, key: Key) -> bytes | None:
     """The checked bytes of a file's row, or None. Raises sqlite3.Error if they are damaged."""
     data = file_data(connection, key)

@@ -13,7 +13,7 @@ from zonebundle.store.index_rows import FAILURES, INDEX_FORMAT, KnownFile, decod
 
 # A file with more pieces is cheap to stage, compared with what it takes to tell them all.
 HINTED_PIECES = 64
-_PARAMETERS = 500
+_PARAMETERS = 512
 # Another thread of the worker asks for less than a millisecond, unless its disk hangs.
 _PATIENCE = 0.05
 
@@ -79,17 +79,21 @@ class IndexHint:
         known = {}
         for start in range(0, len(inodes), _PARAMETERS):
             asked = inodes[start : start + _PARAMETERS]
-            marks = ",".join("?" * len(asked))
+            # As many marks as the next power of two: each number of them is another statement, that costs more to
+            # prepare than to run. The last inode fills up.
+            numbers = list(map(signed, asked))
+            numbers += numbers[-1:] * ((1 << (len(numbers) - 1).bit_length()) - len(numbers))
+            marks = ",".join("?" * len(numbers))
             # All rows at once: a statement that is not read to its end keeps the log from being written anew.
             rows = connection.execute(
                 f"SELECT data FROM files WHERE filesystem = ? AND inode IN ({marks}) AND pieces <= {HINTED_PIECES}",
-                (signed(filesystem), *map(signed, asked)),
+                (signed(filesystem), *numbers),
             ).fetchall()
             wanted = set(asked)
             for (data,) in rows:
                 file = decode_file(data)
-                if file is not None and file.identity.filesystem == filesystem and file.identity.inode in wanted:
-                    known[file.identity.inode] = file
+                if file is not None and (key := file.key)[0] == filesystem and key[1] in wanted:
+                    known[key[1]] = file
         return known
 
     def _look(self) -> list[_Place]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import sqlite3
 import struct
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 from zonebundle.model.identity import FileIdentity
 from zonebundle.model.manifest import Piece
@@ -23,18 +22,70 @@ _IDENTITY = struct.Struct("<QQqQqq")
 # Segment, BLAKE3, offset, packed, raw, CRC-32, times.
 _PIECE = struct.Struct("<32s32sQIIII")
 _KEYS = struct.Struct("<q24xq24xQ16x")
+_KEY = struct.Struct("<QQ")
+# Of an identity: size, mtime, ctime.
+_STATE = struct.Struct("<24xQqq")
 # What a damaged database raises. Messages quote its bytes, which Python then cannot decode; lengths may be anything.
 FAILURES = (sqlite3.Error, UnicodeDecodeError, MemoryError)
 # What encoding raises for a value that has no place in a row: a stamp before 1677 or after 2262, a digest that is none.
 UNKEEPABLE = (struct.error, ValueError, TypeError)
 
 
-@dataclass(frozen=True, slots=True)
 class KnownFile:
-    """One state of a file, and the pieces that hold its bytes, in their order."""
+    """One state of a file, and the pieces that hold its bytes, in their order.
 
-    identity: FileIdentity
-    pieces: tuple[Piece, ...]
+    Kept as the index has them: a hold asks for hundreds, and needs no more of them than `state` and `pieces_json`.
+    """
+
+    __slots__ = ("_body",)
+
+    def __init__(self, identity: FileIdentity, pieces: Iterable[Piece]) -> None:
+        """Raises one of UNKEEPABLE."""
+        self._body = encode_identity(identity) + b"".join(map(encode_piece, pieces))
+
+    @classmethod
+    def of_row(cls, body: bytes) -> KnownFile:
+        """The file in the checked bytes of a row."""
+        file = cls.__new__(cls)
+        file._body = body
+        return file
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KnownFile) and self._body == other._body
+
+    def __hash__(self) -> int:
+        return hash(self._body)
+
+    def __repr__(self) -> str:
+        return f"KnownFile({self.identity!r}, {self.pieces!r})"
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """File system and inode."""
+        return _KEY.unpack_from(self._body)
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """Size, mtime and ctime (ns)."""
+        return _STATE.unpack_from(self._body)
+
+    @property
+    def identity(self) -> FileIdentity:
+        return FileIdentity(*_IDENTITY.unpack_from(self._body))
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return _pieces(self._body[_IDENTITY.size :])
+
+    @property
+    def pieces_json(self) -> str:
+        """The list of the pieces' `to_json` in JSON."""
+        pieces = [
+            f'["{segment.hex()}",{offset},{packed},{raw},{crc32},"{content.hex()}"'
+            + (f",{times}]" if times != 1 else "]")
+            for segment, content, offset, packed, raw, crc32, times in _PIECE.iter_unpack(self._body[_IDENTITY.size :])
+        ]
+        return f"[{','.join(pieces)}]"
 
 
 def signed(number: int) -> int:
@@ -119,10 +170,9 @@ def decode_piece(data: object) -> Piece | None:
 def decode_file(data: object) -> KnownFile | None:
     """The file in a row; None if it is damaged."""
     body = checked(data)
-    if body is None or len(body) < _IDENTITY.size or len(body) != _IDENTITY.size + piece_count(body) * _PIECE.size:
+    if body is None or len(body) < _IDENTITY.size or (len(body) - _IDENTITY.size) % _PIECE.size:
         return None
-    identity = FileIdentity(*_IDENTITY.unpack_from(body))
-    return KnownFile(identity, _pieces(body[_IDENTITY.size :]))
+    return KnownFile.of_row(body)
 
 
 def _pieces(body: bytes) -> tuple[Piece, ...]:

@@ -14,11 +14,9 @@ from blake3 import blake3
 from isal import isal_zlib
 
 CHUNK = 1 << 20
-"""Bytes of a chunk: a large log is cut into chunks, one piece a segment."""
+"""Bytes of a chunk: a large log is cut into chunks, a piece each."""
 SMALL = 256 << 10
 """Below this size in bytes a log is packed with others into one segment."""
-PACK = 4 << 20
-"""The most raw bytes that are packed into one segment."""
 
 # Level 1 is the fastest that finds repetitions: 1.2 GB/s of JSON lines on one core, zlib's level 6 does 95 MB/s.
 _LEVEL = 1

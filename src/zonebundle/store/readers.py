@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
@@ -11,24 +13,31 @@ from zonebundle.errors import NoSuchBundleError, StoreError
 from zonebundle.store.bundle import StoredBundle
 from zonebundle.store.reader import Debris, StoreReader
 from zonebundle.store.tombstones import Tombstones
+from zonebundle.store.watch import Watch, in_batches
 
+T = TypeVar("T")
 _log = structlog.get_logger()
 
 
 class StoreReaders:
-    """The bundles of several store directories, of which any may be lost or away."""
+    """The bundles of several store directories, of which any may be lost or away, or hang."""
 
     def __init__(self, directories: Sequence[Path]) -> None:
         self.directories = tuple(directories)
+        self._watches = {one: Watch(one, alone=len(self.directories) == 1) for one in self.directories}
+
+        def reach(root: Path, work: Callable[[], T]) -> T:
+            return self._watches[root].do(work)
+
         # A directory that could not be written when a bundle was deleted still has it.
-        self._tombstones = Tombstones(self.directories) if len(self.directories) > 1 else None
+        self._tombstones = Tombstones(self.directories, reach) if len(self.directories) > 1 else None
 
     def _readers(self) -> Iterator[StoreReader]:
         failure: StoreError | None = None
         count = 0
         for directory in self.directories:
             try:
-                yield StoreReader.open(directory)
+                yield self._watches[directory].do(partial(StoreReader.open, directory))
                 count += 1
             except StoreError as error:
                 failure = failure or error
@@ -40,7 +49,7 @@ class StoreReaders:
         seen = self._tombstones.all() if self._tombstones is not None else set()
         for reader in self._readers():
             try:
-                for bundle in reader.stored():
+                for bundle in in_batches(reader.stored, self._watches[reader.directory].do):
                     if (bundle_id := bundle.header.metadata.bundle_id) not in seen:
                         seen.add(bundle_id)
                         yield bundle
@@ -52,7 +61,7 @@ class StoreReaders:
         """What cannot be read as a bundle in any directory, but can be deleted like one."""
         for reader in self._readers():
             try:
-                for debris in reader.debris():
+                for debris in in_batches(reader.debris, self._watches[reader.directory].do):
                     if not self._is_whole(debris):
                         yield debris
             except StoreError as error:
@@ -75,7 +84,7 @@ class StoreReaders:
         failure: StoreError | None = None
         for reader in sorted(self._readers(), key=lambda reader: avoids(reader.directory)):
             try:
-                return reader.find(zone, bundle_id)
+                return self._watches[reader.directory].do(partial(reader.find, zone, bundle_id))
             except NoSuchBundleError:
                 continue
             except StoreError as error:

@@ -103,6 +103,11 @@ class Store(StoreReader):
         except OSError:
             return False
 
+    def unlock(self) -> None:
+        """Let others write to it. Nothing may be done with it any more."""
+        if self._lock >= 0:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+
     def close(self) -> None:
         """Give the directory back to other writers."""
         self.segments.close()

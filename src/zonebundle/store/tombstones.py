@@ -10,15 +10,16 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import structlog
 
 from zonebundle.errors import StoreError
 from zonebundle.host.files import sync_directory, write_durably
 from zonebundle.model.ids import check_bundle_id
-from zonebundle.store.failure import explain, store_errors
+from zonebundle.store.failure import store_errors
 from zonebundle.store.reader import FORMAT, is_bundle_id
 
 TOMBSTONES = "tombstones"
@@ -28,12 +29,21 @@ _Found = TypeVar("_Found")
 _log = structlog.get_logger()
 
 
+class Reach(Protocol):
+    def __call__(self, root: Path, work: Callable[[], _Found]) -> _Found: ...
+
+
+def _at_once(root: Path, work: Callable[[], _Found]) -> _Found:
+    return work()
+
+
 class Tombstones:
     """The tombstones in several directories, each of which may be gone, full or read-only for a while."""
 
-    def __init__(self, roots: Sequence[Path]) -> None:
-        """`roots`: the state directory, then the store dirs."""
+    def __init__(self, roots: Sequence[Path], reach: Reach = _at_once) -> None:
+        """`roots`: the state directory, then the store dirs. `reach` does something in one of them, or StoreError."""
         self._roots = tuple(roots)
+        self._reach = reach
 
     def write(self, bundle_id: str) -> None:
         """Make it durable that the bundle is deleted, wherever that can be written.
@@ -41,17 +51,18 @@ class Tombstones:
         Raises StoreError if that is nowhere, UsageError if it is no bundle ID.
         """
         name = check_bundle_id(bundle_id)
+        doing = f"writing a tombstone of bundle {name}"
         written = 0
-        failure: OSError | None = None
+        failure: StoreError | None = None
         for root in self._roots:
             try:
-                written += _write(root, name, is_state=root == self._roots[0])
-            except OSError as error:
+                with store_errors(doing):
+                    written += self._reach(root, partial(_write, root, name, is_state=root == self._roots[0]))
+            except StoreError as error:
                 failure = failure or error
                 _log.warning("a tombstone was not written", bundle_id=name, directory=str(root), reason=str(error))
         if not written:
-            doing = f"writing a tombstone of bundle {name}"
-            raise explain(doing, failure) if failure else StoreError(f"{doing} failed: there is no directory for it")
+            raise failure or StoreError(f"{doing} failed: there is no directory for it")
 
     def has(self, bundle_id: str) -> bool:
         """Whether a tombstone of the bundle is in any of the directories. Raises StoreError if none can be read."""
@@ -70,7 +81,7 @@ class Tombstones:
             path = root / TOMBSTONES / name
             try:
                 with store_errors(f"removing {path}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    os.unlink(path)
+                    self._reach(root, partial(os.unlink, path))
             except StoreError as error:
                 failure = failure or error
         if failure:
@@ -79,12 +90,8 @@ class Tombstones:
     def tidy(self) -> None:
         """Remove what writes that were killed have left. Only in the process that writes. Raises no error."""
         for root in self._roots:
-            with contextlib.suppress(OSError):
-                for name in os.listdir(root / TOMBSTONES):
-                    # Durable writes name their temporary file by the thread.
-                    thread = _TEMPORARY.fullmatch(name)
-                    if thread and not os.path.exists(f"/proc/self/task/{thread[1]}"):
-                        os.unlink(root / TOMBSTONES / name)
+            with contextlib.suppress(OSError, StoreError):
+                self._reach(root, partial(_tidy, root / TOMBSTONES))
 
     def _read(self, look: Callable[[Path], _Found]) -> list[_Found]:
         found = []
@@ -92,7 +99,7 @@ class Tombstones:
         for root in self._roots:
             try:
                 with store_errors(f"reading {root / TOMBSTONES}"):
-                    found.append(look(root / TOMBSTONES))
+                    found.append(self._reach(root, partial(look, root / TOMBSTONES)))
             except StoreError as error:
                 # A disk that fails must not hide what the others know.
                 failure = failure or error
@@ -113,6 +120,14 @@ def _write(root: Path, name: str, *, is_state: bool) -> bool:
     # Each time: whoever made the directory may have been stopped before this.
     sync_directory(root)
     return True
+
+
+def _tidy(directory: Path) -> None:
+    for name in os.listdir(directory):
+        # Durable writes name their temporary file by the thread.
+        thread = _TEMPORARY.fullmatch(name)
+        if thread and not os.path.exists(f"/proc/self/task/{thread[1]}"):
+            os.unlink(directory / name)
 
 
 def _exists(path: Path) -> bool:

@@ -1,0 +1,16 @@
+"""One attempt to seal a bundle, in one store."""
+
+from __future__ import annotations
+
+import threading
+
+
+class Attempt(threading.Event):
+    """Set when the seal is canceled, or this attempt alone is given up."""
+
+    def __init__(self, canceled: threading.Event) -> None:
+        super().__init__()
+        self._canceled = canceled
+
+    def is_set(self) -> bool:
+        return super().is_set() or self._canceled.is_set()
