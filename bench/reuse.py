@@ -16,6 +16,8 @@ from zonebundle.store.reader import StoreReader
 BUNDLES = 10
 BYTES = 100_000_000
 MANY = 10_000
+# Entries that are our own.
+OURS = (b"metadata.toml", b"report.json", b"trace.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +141,9 @@ def _create(agent: AgentProcess) -> Stored:
     answer = agent.post("/zones/bundles/web").raise_for_status().json()
     agent.wait_sealed("web", answer["id"]["bundle_id"], timeout=300)
     bundle = StoreReader.open(agent.state / "store").find("web", answer["id"]["bundle_id"])
-    own = (bundle.read_own(entry.path) for entry in bundle.entries() if entry.size and not entry.pieces)
+    outputs = [entry.path for entry in bundle.entries() if entry.size and not entry.pieces and entry.path not in OURS]
     segments, bundles = (sum(file_sizes(agent.state / "store" / name).values()) for name in ("segments", "bundles"))
-    return Stored(segments, bundles, sum(len(compress(data)) for data in own))
+    return Stored(segments, bundles, sum(len(compress(bundle.read_own(path))) for path in outputs))
 
 
 def _rotate(logs: Path, number: int) -> int:

@@ -155,7 +155,7 @@ def test_rotated_logs_are_in_the_store_before_the_stop(agent: AgentProcess) -> N
     (idle / "logs/app.log").touch()
     (idle / "logs/app.log.1").write_bytes(log_lines(7000, 9))
     agent.start().start_zones("web")
-    before = wait_for_segments(agent, 5)
+    before = wait_for_segments(agent, 2)
     assert agent.bundles("web") == []
     told = agent.stop_zone("web")
     bundle_id = told["bundle"]["id"]["bundle_id"]
@@ -176,7 +176,7 @@ def test_segments_go_with_the_file_and_with_the_zone(agent: AgentProcess) -> Non
     rotate(logs)
     agent.add_zone("other")
     agent.start().start_zones()
-    wait_for_segments(agent, 5)
+    wait_for_segments(agent, 2)
     (logs / "app.log.2").unlink()
     wait_for_segments(agent, 1)
     agent.stop_zone("web", bundle="false")
@@ -203,7 +203,7 @@ def test_killed_at_a_trace_point(agent: AgentProcess, point: str) -> None:
     agent.start(crash_at=point)
     agent.wait_dead(PATIENCE)
     agent.start()
-    wait_for_segments(agent, 5)
+    wait_for_segments(agent, 2)
     told = agent.stop_zone("web")
     contents = agent.contents("web", told["bundle"]["id"]["bundle_id"])
     assert {name: contents[f"logs/zone/logs/{name}"] for name in files} == files

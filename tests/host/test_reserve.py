@@ -65,6 +65,22 @@ def test_it_is_taken_again_where_there_is_space(small_disk: Path) -> None:
     assert (small_disk / "reserve").stat().st_blocks * 512 >= SIZE
 
 
+def test_where_there_is_too_little_none_of_it_is_taken(small_disk: Path) -> None:
+    reserve = Reserve(small_disk / "reserve", SIZE)
+    reserve.refill()
+    assert _write(small_disk / "other", SHARE)
+    _fill(small_disk)
+    reserve.release()
+    _fill(small_disk)
+    (small_disk / "other").unlink()
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            Reserve(small_disk / "another", SIZE).refill()
+    assert _write(small_disk / "other", SHARE // 2)
+    # What it has it keeps.
+    assert (small_disk / "reserve").stat().st_blocks * 512 >= SIZE - SHARE
+
+
 def test_without_the_file_nothing_is_given(tmp_path: Path) -> None:
     assert not Reserve(tmp_path / "reserve", SIZE).release()
 

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from zonebundle.model.zone import ProcessRef
-from zonebundle.seal.marks import CrashMarks, were_left
+from zonebundle.seal.marks import CrashMarks, forget_marks, were_left
 
 AGENT = ProcessRef(4711, 99)
 
@@ -66,3 +66,15 @@ def test_marks_that_cannot_be_written_cost_nothing(tmp_path: Path) -> None:
     marks = crash(tmp_path, (0, 1, 1))
     assert not marks.skips(1)
     marks.end(0)
+
+
+def test_a_seal_that_was_left_writes_no_marks_of_the_next(tmp_path: Path) -> None:
+    left = crash(tmp_path, (0, 1, 1), (1, 2, 2))
+    forget_marks(tmp_path)
+    crash(tmp_path, (0, 5, 5))
+    left.end(0)
+    left.begin(1, 3, 3)
+    with left:
+        pass
+    marks = look(tmp_path)
+    assert [number for number in range(10) if marks.suspects(number)] == [5]

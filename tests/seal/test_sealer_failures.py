@@ -4,17 +4,21 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from support.sealing import NEVER, Seal
 from support.spooled import INSTALLATION, MTIME_NS, Draft, SpoolDir, log_lines
 from zonebundle.errors import FormatError, NotFoundError, SealCanceledError, SealError, StoreError
+from zonebundle.host import trace
 from zonebundle.model.manifest import Piece
 from zonebundle.model.record import Part
 from zonebundle.seal import compress
+from zonebundle.seal import sealer as sealer_module
 from zonebundle.seal.sealer import Sealer
 from zonebundle.store import pieces
+from zonebundle.store.draft import BundleDraft
 from zonebundle.store.objects import SegmentStore
 from zonebundle.store.pieces import CHUNK, Run
 from zonebundle.store.reader import StoreReader
@@ -166,6 +170,47 @@ def test_canceling_leaves_nothing_in_the_store(at: SpoolDir, sealer: Sealer, mon
     assert list(StoreReader.open(at.store).directories()) == []
     assert sealer.delete("web", draft.bundle_id) == 0
     assert at.left() == []
+
+
+@pytest.mark.parametrize("point", ["seal.planned", "seal.segments-durable", "seal.manifest-written"])
+def test_canceling_at_the_last_moment_commits_nothing(
+    at: SpoolDir, sealer: Sealer, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """As an attempt does that a disk has kept: its bundle may be deleted by now."""
+    draft = Draft(at)
+    draft.add_log(b"a.log", log_lines(5000))
+    draft.write()
+    canceled = threading.Event()
+
+    def cancel(name: str) -> None:
+        if name == point:
+            canceled.set()
+
+    monkeypatch.setattr(trace, "point", cancel)
+    with pytest.raises(SealCanceledError):
+        sealer.seal(draft.bundle_id, lambda total, done: None, canceled)
+    assert list(at.store.rglob("*.gz")) == []
+    assert list(StoreReader.open(at.store).directories()) == []
+
+
+def test_an_attempt_that_was_given_up_touches_nothing_of_the_next(
+    at: SpoolDir, sealer: Sealer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disk hung while it made its draft, and answers when the bundle is sealed elsewhere."""
+    draft = Draft(at)
+    draft.write()
+    canceled = threading.Event()
+    (draft.entry / "sealing").write_bytes(b"of the next attempt")
+
+    def make_draft(*arguments: Any) -> BundleDraft:
+        canceled.set()
+        return BundleDraft(*arguments)
+
+    monkeypatch.setattr(sealer_module, "BundleDraft", make_draft)
+    with pytest.raises(SealCanceledError):
+        sealer.seal(draft.bundle_id, lambda total, done: None, canceled)
+    assert (draft.entry / "sealing").read_bytes() == b"of the next attempt"
+    assert not (draft.entry / "crashes.json").exists()
 
 
 def test_a_store_that_fails_leaves_the_entry_as_it_was(

@@ -3,7 +3,8 @@
 import os
 import random
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,31 @@ def test_the_clean_up_works_where_one_dir_is_away(at: SpoolDir, opened: Sealing)
     for directory in _dirs(at):
         check_clean(directory)
         assert list(directory.glob("tombstones/*")) == []
+
+
+def test_a_clean_up_that_was_given_up_goes_no_further(
+    at: SpoolDir, opened: Sealing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its dir hung: the agent was told that nothing is removed, and has the bundles read again."""
+    bundles = {make(at, opened, number) for number in range(3)}
+    opened.upkeep._quota = (bytes_used(at.store) - 1) * 2
+    given_up = threading.Event()
+    remove_all = Store.remove_all
+
+    def hang(store: Store, directories: Iterable[Path]) -> int:
+        freed = remove_all(store, directories)
+        given_up.set()
+        return freed
+
+    with opened.storage.stores.working():
+        store = opened.storage.usable()[0]
+        monkeypatch.setattr(Store, "remove_all", hang)
+        removed, _, _ = opened.upkeep._clean_up(store, 50, ORDER, set(), None, given_up)
+    assert given_up.is_set()
+    assert removed == []
+    assert {bundle.header.metadata.bundle_id for bundle in StoreReader.open(_dirs(at)[1]).stored()} == bundles
+    opened.upkeep.repair()
+    assert there(at) == bundles
 
 
 def test_a_dir_that_is_behind_is_caught_up_when_it_can_be(at: SpoolDir, opened: Sealing) -> None:

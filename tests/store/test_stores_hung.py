@@ -99,7 +99,14 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def dirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dirs]:
+def dirs(unopened: Dirs) -> Dirs:
+    # On a busy disk an opening may last, and those beside the first are not waited for.
+    wait.until(lambda: len(unopened.stores.all()) == 3, TIMEOUT, "all are opened")
+    return unopened
+
+
+@pytest.fixture
+def unopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dirs]:
     with leaks.no_leaks():
         dirs = Dirs(tmp_path, monkeypatch)
         try:
@@ -144,30 +151,30 @@ def test_many_who_look_at_the_same_time(dirs: Dirs) -> None:
     dirs.check()
 
 
-def test_an_opening_that_hangs(dirs: Dirs) -> None:
+def test_an_opening_that_hangs(unopened: Dirs) -> None:
     # The first dir that is opened is waited for longer than another.
-    dirs.hangs(Store, "open", lambda directory, *_: directory)
-    assert dirs.there() == [dirs.directories[0], dirs.directories[2]]
-    bundle = dirs.seal()
-    dirs.answer()
-    assert dirs.stores.catch_up() == (1, 0, [])
-    assert dirs.places(bundle) == [0, 1, 2]
-    dirs.check()
+    unopened.hangs(Store, "open", lambda directory, *_: directory)
+    assert unopened.there() == [unopened.directories[0], unopened.directories[2]]
+    bundle = unopened.seal()
+    unopened.answer()
+    assert unopened.stores.catch_up() == (1, 0, [])
+    assert unopened.places(bundle) == [0, 1, 2]
+    unopened.check()
 
 
-def test_an_opening_that_a_drain_overtakes(dirs: Dirs) -> None:
-    dirs.hangs(Store, "open", lambda directory, *_: directory)
-    dirs.stores.all()
-    dirs.stores.drain(str(dirs.hung))
-    assert dirs.stores.is_in_use(str(dirs.hung))
-    assert not dirs.stores.is_in_use(str(dirs.directories[0]))
-    dirs._answers.set()
-    wait.until(lambda: not dirs.stores.is_in_use(str(dirs.hung)), TIMEOUT, "the opening has ended")
+def test_an_opening_that_a_drain_overtakes(unopened: Dirs) -> None:
+    unopened.hangs(Store, "open", lambda directory, *_: directory)
+    unopened.stores.all()
+    unopened.stores.drain(str(unopened.hung))
+    assert unopened.stores.is_in_use(str(unopened.hung))
+    assert not unopened.stores.is_in_use(str(unopened.directories[0]))
+    unopened._answers.set()
+    wait.until(lambda: not unopened.stores.is_in_use(str(unopened.hung)), TIMEOUT, "the opening has ended")
     # It is closed again: another may write to it.
-    Store.open(dirs.hung, make=False).close()
-    assert len(dirs.there()) == 2
-    dirs.stores.undrain(str(dirs.hung))
-    assert len(dirs.there()) == 3
+    Store.open(unopened.hung, make=False).close()
+    assert len(unopened.there()) == 2
+    unopened.stores.undrain(str(unopened.hung))
+    assert len(unopened.there()) == 3
 
 
 def test_another_dir_is_drained_meanwhile(dirs: Dirs) -> None:
@@ -260,6 +267,50 @@ def test_a_copy_whose_source_hangs(dirs: Dirs, monkeypatch: pytest.MonkeyPatch) 
     dirs.check()
 
 
+def test_a_source_that_is_not_there_is_not_read(dirs: Dirs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hang unnoticed: nobody watches it."""
+    store = dirs.stores.all()[1]
+    made = seal(store, FILES).metadata
+    bundle = store.find(made.zone, made.bundle_id)
+    assert dirs.stores.copy(bundle) == ""
+    assert dirs.stores.is_everywhere(bundle)
+    dirs.hangs(Store, "is_in_place", of_store)
+    assert len(dirs.there()) == 2
+    with monkeypatch.context() as patch:
+        for name in ("copy_bundle", "has_same_bytes"):
+            patch.setattr(stores_module, name, lambda *_: pytest.fail("it is read"))
+        assert "cannot be had" in dirs.stores.copy(bundle)
+        assert not dirs.stores.is_everywhere(bundle)
+    dirs.answer()
+
+
+def test_a_copy_is_not_waited_for_whose_source_hangs(dirs: Dirs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores_module, "_TURN_PATIENCE", 0.1)
+    store = dirs.stores.all()[1]
+    made = seal(store, FILES).metadata
+    bundle = store.find(made.zone, made.bundle_id)
+    replicate.copy_bundle(bundle, dirs.stores.all()[2])
+    dirs.hangs(replicate, "read_segment", lambda digest, sources: Path(sources[0]._root))
+    assert "does not answer" in dirs.stores.copy(bundle)
+    other = dirs.stores.find(made.zone, made.bundle_id)
+    assert other.directory.is_relative_to(dirs.directories[2])
+    assert "already" in dirs.stores.copy(other)
+    dirs.answer()
+    wait.until(lambda: not dirs.stores.catch_up()[2], TIMEOUT, "it is everywhere")
+    assert dirs.places(bundle) == [0, 1, 2]
+    dirs.check()
+
+
+def test_the_locks_of_what_is_drained_are_given_up_too(dirs: Dirs) -> None:
+    with dirs.stores.working():
+        dirs.stores.all()
+        dirs.stores.drain(str(dirs.directories[0]))
+        with pytest.raises(StoreError, match="has a writer already"):
+            Store.open(dirs.directories[0], make=False)
+        dirs.stores.unlock()
+        Store.open(dirs.directories[0], make=False).close()
+
+
 def test_a_catch_up_that_meets_one_that_hangs(dirs: Dirs) -> None:
     bundles = [dirs.seal() for _ in range(3)]
     dirs.hangs(Store, "directories", of_store)
@@ -274,26 +325,26 @@ def test_a_catch_up_that_meets_one_that_hangs(dirs: Dirs) -> None:
     dirs.check()
 
 
-def test_all_hang(dirs: Dirs) -> None:
+def test_all_hang(unopened: Dirs) -> None:
     with contextlib.ExitStack() as stack:
-        stores = Stores([dirs.hung, dirs.hung / "none"], dirs.state)
+        stores = Stores([unopened.hung, unopened.hung / "none"], unopened.state)
         stack.callback(stores.close)
         stores.all()
-        dirs.hangs(Store, "is_in_place", of_store)
+        unopened.hangs(Store, "is_in_place", of_store)
         with pytest.raises(StoreError, match=r"there is no store.*does not answer"):
             stores.usable()
-        dirs._answers.set()
+        unopened._answers.set()
         wait.until(lambda: len(stores.all()) == 1, TIMEOUT, "it is taken up again")
 
 
-def test_the_only_dir_is_waited_for(dirs: Dirs) -> None:
+def test_the_only_dir_is_waited_for(unopened: Dirs) -> None:
     """There is nothing else to be done."""
-    with contextlib.closing(Stores([dirs.hung], dirs.state)) as stores, ThreadPoolExecutor(1) as threads:
-        dirs.hangs(Store, "is_in_place", of_store)
+    with contextlib.closing(Stores([unopened.hung], unopened.state)) as stores, ThreadPoolExecutor(1) as threads:
+        unopened.hangs(Store, "is_in_place", of_store)
         assert len(stores.all()) == 1
         looking = threads.submit(stores.usable)
         assert not stores.is_in_use("/elsewhere")
         assert not looking.done()
         stores.drain("/elsewhere")
-        dirs._answers.set()
+        unopened._answers.set()
         assert len(looking.result(TIMEOUT)) == 1

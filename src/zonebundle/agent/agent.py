@@ -321,6 +321,6 @@ class Agent:
 
     def _on_sealer_event(self, event: dict[str, Any]) -> None:
         self.bundles.on_sealer_event(event)
-        if self._spool.is_reserve_spent:
+        if "sealed" in event and self._spool.is_reserve_spent:
             # A full disk has room again, perhaps; nothing else tells.
             self._threads.submit(self._spool.refill_reserve)

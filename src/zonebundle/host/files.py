@@ -73,10 +73,19 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:
 
 
 def preallocate(path: Path, size: int) -> None:
-    """Make sure that a file of `size` bytes has its space on the disk, whatever is in it. Raises OSError."""
+    """Make sure that a file of `size` bytes has its space on the disk, whatever is in it.
+
+    Raises OSError; then it has no more than it had.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        os.posix_fallocate(descriptor, 0, size)
+        before = os.fstat(descriptor).st_size
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError:
+            # ext4 keeps what it got: all that was left, and that others need.
+            os.ftruncate(descriptor, before)
+            raise
     finally:
         os.close(descriptor)
 

@@ -38,7 +38,7 @@ _LONGEST_PAUSE = 30.0
 # A sealer that lived so long was fine: the next one is started without a pause.
 _HEALTHY = 60.0
 _EXIT_PATIENCE = 2.0
-# Nothing else is done meanwhile: by then it has ended, or a disk that hangs keeps it.
+# Of the whole loop, when it has to end at once: by then the sealer has ended, or a disk that hangs keeps it.
 _REAP_PATIENCE = 0.5
 
 # Of one message: a clean-up names every bundle that it removed.
@@ -315,6 +315,7 @@ class SealerLink:
             return
         loop = asyncio.get_running_loop()
         exited = asyncio.Event()
+        patience = _REAP_PATIENCE
         try:
             descriptor = os.pidfd_open(process.pid)
         except OSError as error:
@@ -328,19 +329,22 @@ class SealerLink:
                 await asyncio.wait_for(exited.wait(), _EXIT_PATIENCE)
             if not exited.is_set():
                 process.kill()
-                with contextlib.suppress(TimeoutError):
+                try:
                     await asyncio.wait_for(exited.wait(), _EXIT_PATIENCE)
+                except TimeoutError:
+                    # It has been waited for; stops are not to wait too.
+                    patience = 0.0
         finally:
             loop.remove_reader(descriptor)
             os.close(descriptor)
             self._process = None
-            self._reap(process)
+            self._reap(process, patience)
 
-    def _reap(self, process: subprocess.Popen[bytes]) -> None:
+    def _reap(self, process: subprocess.Popen[bytes], patience: float = _REAP_PATIENCE) -> None:
         # Cancelled again, we do not wait for it to end by itself.
         process.kill()
         try:
-            process.wait(_REAP_PATIENCE)
+            process.wait(patience)
         except subprocess.TimeoutExpired:
             _log.error("the sealer was killed and does not end: a disk hangs", pid=process.pid)
             threading.Thread(target=process.wait, name="reap the sealer", daemon=True).start()

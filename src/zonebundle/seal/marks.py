@@ -99,9 +99,12 @@ class CrashMarks:
 
 
 def forget_marks(entry: Path) -> None:
-    """The seal that made them hangs, which is no crash, and another one begins."""
+    """The seal that made them hangs, which is no crash, and another one begins.
+
+    The file goes, too: what that seal will write when it goes on is not to be among the marks of the other.
+    """
     with contextlib.suppress(OSError):
-        os.truncate(entry / _SEALING, 0)
+        os.unlink(entry / _SEALING)
 
 
 def were_left(entry: Path) -> bool:

@@ -165,12 +165,10 @@ class Sealer:
             forget_marks(entry.path)
             raise
 
-    def _make(
-        self, store: Store, entry: SpoolEntry, progress: Progress, canceled: threading.Event, *, may_cut: bool
-    ) -> None:
+    def _make(self, store: Store, entry: SpoolEntry, progress: Progress, attempt: Attempt, *, may_cut: bool) -> None:
         record = entry.read_record()
         try:
-            self._make_bundle(store, entry, record, progress, canceled, may_cut=may_cut)
+            self._make_bundle(store, entry, record, progress, attempt, may_cut=may_cut)
         except (SealError, OSError) as error:
             if record.is_intact or isinstance(error, SealCanceledError):
                 raise
@@ -188,7 +186,7 @@ class Sealer:
         entry: SpoolEntry,
         record: Record,
         progress: Progress,
-        canceled: threading.Event,
+        attempt: Attempt,
         *,
         may_cut: bool,
     ) -> None:
@@ -198,6 +196,7 @@ class Sealer:
         steps = [*record.steps]
         with contextlib.ExitStack() as stack:
             draft = stack.enter_context(BundleDraft(store, header.metadata, created))
+            attempt.check()
             areas = stack.enter_context(OpenAreas(record.areas))
             self._note_interruption(entry)
             marks = stack.enter_context(CrashMarks(entry.path, self._agent))
@@ -217,7 +216,7 @@ class Sealer:
                 known,
                 marks,
                 record.gaps,
-                canceled,
+                attempt,
                 _Counted(planned.bytes, progress),
                 may_cut=may_cut,
             )
@@ -235,6 +234,7 @@ class Sealer:
                 hold_seconds=header.hold_seconds,
                 graceful_seconds=header.graceful_seconds,
                 gaps=record.gaps.count,
+                check=attempt.check,
                 committed=known.keep,
             )
             if work.is_cut:

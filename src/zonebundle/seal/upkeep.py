@@ -124,7 +124,7 @@ class Upkeep:
     ) -> tuple[list[tuple[str, str]], int, bool]:
         """The bundles removed, the bytes freed, and whether there is room for seal-ahead.
 
-        Once it is `given_up`, because the store did not answer, it removes nothing: somebody may read the bundles.
+        Once it is `given_up`, because the store did not answer, nothing more goes: somebody may read the bundles.
         """
         before, limit = self._measure(store, percent)
         if before <= limit:
@@ -147,6 +147,9 @@ class Upkeep:
             index.release_claims(free)
         # Here first: where nothing can be removed (read-only), nothing has to go elsewhere for it.
         store.remove_all(store.bundle_directory(zone, bundle_id) for zone, bundle_id in doomed)
+        if given_up.is_set():
+            # Nobody was told: they stay elsewhere, and are copied back.
+            return [], 0, False
         self._storage.stores.delete_all(doomed)
         store.remove_unreferenced(stock.digests_of(plan.segments))
         after, limit = self._measure(store, percent)

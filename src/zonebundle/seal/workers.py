@@ -23,8 +23,8 @@ GROUP = 4
 class Workers:
     """Threads that compress, hash and write; all of that releases the interpreter's lock.
 
-    At most two jobs a worker are in flight in the whole process. Who hands in a job waits for its turn, and turns are
-    taken in order: as a bundle asks for one turn at a time, small bundles are not stuck behind big ones.
+    At most two jobs a worker are in flight, of all bundles (but see `apart`). Who hands in a job waits for its turn,
+    and turns are taken in order: as a bundle asks for one turn at a time, small bundles are not stuck behind big ones.
     """
 
     def __init__(self, count: int) -> None:

@@ -31,7 +31,7 @@ DELETED = "manifest.deleted"
 _BLOCK = 1 << 20
 _HEADER_LIMIT = 64 << 10
 # In JSON a quotation mark inside of a string has a backslash before it, so no path can look like this.
-# Format 1 had digests in hex: its segments must not be taken for nobody's.
+# In hex are the digests of capture records, and of manifests of format 1, whose segments are not nobody's either.
 _SEGMENT = re.compile(rb'\["(?:([A-Za-z0-9+/]{43})|([0-9a-f]{64}))",')
 
 
@@ -160,8 +160,9 @@ def load_bundle(directory: Path, segments: Segments) -> StoredBundle | None:
 
 
 def segments_in(manifest: Path) -> Iterator[str]:
-    """The segment of every piece in a manifest file, repeated as often as it is used; works on damaged ones too.
+    """The segment (hex digest) of every piece in a manifest or a capture record, as often as it is used.
 
+    Works on damaged ones too; raises OSError.
     It searches instead of parsing: 10,000 bundles have to be looked through before a segment is removed.
     """
     try:

@@ -155,11 +155,18 @@ class BundleDraft:
         return path
 
     def commit(
-        self, *, hold_seconds: float, graceful_seconds: float, gaps: int, committed: Callable[[], None] | None = None
+        self,
+        *,
+        hold_seconds: float,
+        graceful_seconds: float,
+        gaps: int,
+        check: Callable[[], None] = lambda: None,
+        committed: Callable[[], None] | None = None,
     ) -> Header:
         """Make the bundle durable and visible; returns its header. Raises StoreError, then it can only be abandoned.
 
-        `committed` is called then, before the leases on its segments end.
+        `check` is called when all but its becoming visible is done, and may raise; `committed` when it is visible,
+        before the leases on its segments end.
         """
         if not self._whole:
             raise StoreError(f"bundle {self._owner} has an entry that was not written to its end; seal it again")
@@ -183,6 +190,7 @@ class BundleDraft:
             for directory in (self._directory, self._directory.parent, self._directory.parent.parent):
                 sync_directory(directory)
         trace.point("seal.manifest-written")
+        check()
         self._store.publish(self._directory, _MANIFEST_DRAFT)
         trace.point("seal.committed")
         self._open = False

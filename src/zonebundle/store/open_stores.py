@@ -74,6 +74,7 @@ class OpenStores:
     def _get(self, directory: Path, *, may_last: bool) -> Store | None:
         watch = self._watches[directory]
         mine: Future[Store | None] = Future()
+        has_waited = False
         try:
             while True:
                 with self._lock:
@@ -83,8 +84,11 @@ class OpenStores:
                     if look is None or look.done():
                         self._looks[directory] = mine
                         break
-                # It may have looked before whatever made the caller ask.
-                self._wait_for_look(look, watch, may_last=may_last)
+                found = self._wait_for_look(look, watch, may_last=may_last)
+                if has_waited:
+                    return found
+                # That one may have looked before whatever made the caller ask; the next one has not.
+                has_waited = True
             begin(lambda: self._look(directory), mine, watch, "look at")
             return self._wait_for_look(mine, watch, may_last=may_last)
         except SilentError as error:
@@ -289,7 +293,7 @@ class OpenStores:
 
     def unlock(self) -> None:
         """Let others write to the stores, at the end of this process, which may be kept by one that hangs."""
-        for store in list(self._open.values()):
+        for store in [*self._open.values(), *(store for _, store in self._retired)]:
             if not self._watches[store.directory].is_silent:
                 store.unlock()
 

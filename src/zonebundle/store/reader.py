@@ -1,6 +1,6 @@
 """Reading a store directory, in any process, beside the one that writes.
 
-format                        `zonebundle store 1 <ID>`: the mark that the directory is ours, its format, its random ID
+format                        `zonebundle store 2 <ID>`: the mark that the directory is ours, its format, its random ID
 segments/ab/<digest>.gz
 segments/tmp/                 being written
 segments/pruned/              to be removed, see prune
@@ -25,7 +25,8 @@ from zonebundle.store.bundle import StoredBundle, load_bundle
 from zonebundle.store.failure import store_errors
 from zonebundle.store.segments import Segments
 
-STORE_FORMAT = 1
+# 1: digests in hex, ":" encoded in zones' directories; never released.
+STORE_FORMAT = 2
 FORMAT = "format"
 BUNDLES = "bundles"
 SEGMENTS = "segments"
@@ -130,7 +131,8 @@ def read_format(directory: Path) -> str | None:
     number = _FORMAT_NUMBER.match(text)
     if number and int(number[1]) != STORE_FORMAT:
         raise FormatError(
-            f"store {directory} has format {number[1]}, this zonebundle knows {STORE_FORMAT}; use a newer one"
+            f"store {directory} has format {number[1]}, this zonebundle knows {STORE_FORMAT}; "
+            f"use {'a newer' if int(number[1]) > STORE_FORMAT else 'the older'} one, or another directory"
         )
     match = _FORMAT_LINE.fullmatch(text)
     if not match:

@@ -28,6 +28,8 @@ from zonebundle.store.tombstones import Tombstones
 T = TypeVar("T")
 _log = structlog.get_logger()
 
+_TURN_PATIENCE = 5.0
+
 
 @dataclass(slots=True)
 class _Turns:
@@ -71,9 +73,12 @@ class Stores(OpenStores):
     def is_everywhere(self, bundle: StoredBundle) -> bool:
         """Whether every directory that can be had has the bundle, with the same manifest."""
         stores = self.all()
-        source = [store for store in stores if store.directory == bundle.directory.parents[2]]
+        source = self._source(bundle, stores)
         try:
-            return all(self.on_all(store, source, partial(_has_same, store, bundle)) for store in stores)
+            # Without its source nobody would notice that it hangs.
+            return len(source) > 0 and all(
+                self.on_all(store, source, partial(_has_same, store, bundle)) for store in stores
+            )
         except (NoSuchBundleError, StoreError, OSError):
             return False
 
@@ -81,7 +86,9 @@ class Stores(OpenStores):
         """Bring a committed bundle into the other directories that can be had; returns why it is not in one of them."""
         reasons = []
         stores = self.all()
-        source = [store for store in stores if store.directory == bundle.directory.parents[2]]
+        source = self._source(bundle, stores)
+        if not source:
+            return f"not copied: {bundle.directory} cannot be had now"
         for store in stores:
             if store in source:
                 continue
@@ -95,6 +102,10 @@ class Stores(OpenStores):
                     self.give_up(store, error)
                 reasons.append(f"not copied to {store.directory}: {error}")
         return "; ".join(reasons)
+
+    def _source(self, bundle: StoredBundle, stores: Sequence[Store]) -> list[Store]:
+        """The one of the stores that the bundle is read from, if it is among them."""
+        return [store for store in stores if store.directory == bundle.directory.parents[2]]
 
     def _copy(self, bundle: StoredBundle, store: Store) -> None:
         made = bundle.header.metadata
@@ -123,13 +134,20 @@ class Stores(OpenStores):
 
     @contextlib.contextmanager
     def _turn(self, bundle_id: str, directory: Path) -> Iterator[None]:
-        """One copy of a bundle to a directory at a time; a deletion leaves its tombstone as long as there is any."""
+        """One copy of a bundle to a directory at a time; a deletion leaves its tombstone as long as there is any.
+
+        Raises ConflictError if the one before lasts: the disk that it reads from may hang.
+        """
         with self._lock:
             turns = self._copies.setdefault((bundle_id, directory), _Turns())
             turns.count += 1
         try:
-            with turns.lock:
+            if not turns.lock.acquire(timeout=_TURN_PATIENCE):
+                raise ConflictError(f"bundle {bundle_id} is being copied to {directory} already")
+            try:
                 yield
+            finally:
+                turns.lock.release()
         finally:
             with self._lock:
                 turns.count -= 1
