@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterator
 
 from zonebundle.capture.probe_result import Skipped
@@ -33,7 +34,7 @@ _STATES = {
     "I": "idle",
 }
 # Lines of /proc/PID/status that say who the process is, also as the zone numbers it. Never its environment.
-_STATUS = (b"Uid:", b"Gid:", b"NSpid:", b"CapEff:", b"Seccomp:")
+_STATUS = re.compile(rb"^(Uid|Gid|NSpid|CapEff|Seccomp):\t(.*)$", re.MULTILINE)
 
 
 def pargs(view: ProcessView) -> Iterator[str]:
@@ -43,15 +44,16 @@ def pargs(view: ProcessView) -> Iterator[str]:
         yield f"{view.process.pid}:\t{title(found.stat.name, command)}"
         yield f"name: {printable(found.stat.name)}"
         yield from (f"{link}: {_read_link(found.content, link)}" for link in ("exe", "cwd", "root"))
-        for line in read_small(found.content, "status").split(b"\n"):
-            if line.startswith(_STATUS):
-                key, _, value = line.partition(b":\t")
-                yield f"{printable(key)}: {printable(value.replace(b'	', b' '))}"
+        for key, value in _STATUS.findall(read_small(found.content, "status")):
+            yield f"{key.decode('ascii')}: {printable(value.replace(b'	', b' '))}"
     # A process may write over its arguments, zeroes included: what is there is shown, empty arguments too.
-    arguments = command.split(b"\0")
+    text = os.fsdecode(command)
+    arguments = text.split("\0")
     if not arguments[-1]:
         arguments.pop()
-    yield from (f"argv[{number}]: {printable(argument)}" for number, argument in enumerate(arguments))
+    if not text.replace("\0", "").isprintable():
+        arguments = [printable(argument) for argument in arguments]
+    yield from (f"argv[{number}]: {argument}" for number, argument in enumerate(arguments))
     if len(command) >= COMMAND_LIMIT:
         yield f"(cut: the first {COMMAND_LIMIT >> 10} KiB of the arguments)"
 
