@@ -139,6 +139,21 @@ def test_interrupted_is_130_and_cancels_no_stop(agent: FakeAgent, number: signal
     assert err.strip() == "zone-bundle: interrupted; what the agent has begun, it finishes"
 
 
+def test_interrupted_in_an_import_is_130_too(tmp_path: Path) -> None:
+    # A dataclass is made by exec() of a string.
+    lines = (
+        "from zonebundle.cli import main, zones",
+        "def interrupted(host): exec('raise KeyboardInterrupt')",
+        "zones.parse_host = interrupted",
+        "main.main()",
+    )
+    (tmp_path / "program.py").write_text("\n".join(lines))
+    command = (sys.executable, "-m", "program", "list")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.strip() == "zone-bundle: interrupted; what the agent has begun, it finishes"
+
+
 def test_an_interrupted_get_leaves_no_file(agent: FakeAgent, tmp_path: Path) -> None:
     agent.stalled_download = threading.Event()
     bundle_id = agent.add_bundle("web-01")

@@ -129,7 +129,12 @@ def main() -> NoReturn:
     # Asked to end, a verb cleans up as at Ctrl-C. The agent has handlers of its own.
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    # An interrupt in exec() or eval() of a string, as importing a dataclass does, makes CPython (`python -m`) end by
+    # SIGINT at the very end, although it was handled; another evaluation takes that back (Python/pythonrun.c,
+    # run_eval_code_obj).
+    eval("0")  # noqa: S307
+    sys.exit(code)
 
 
 if __name__ == "__main__":
