@@ -82,6 +82,16 @@ def tmpfs_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield from _mounted("tmpfs", tmp_path_factory)
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A small ext4 of its own, to fill."""
+    try:
+        with filesystems.mounted("ext4", tmp_path, size=48 << 20) as point:
+            yield point
+    except filesystems.Unavailable as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(params=["plain", "ext4", "xfs", "btrfs", "tmpfs"])
 def fs_dir(request: pytest.FixtureRequest) -> Path:
     """A fresh directory on each kind of filesystem in turn; plain is wherever temporary files are."""

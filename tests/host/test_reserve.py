@@ -1,11 +1,10 @@
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from support import filesystems
+from support.filesystems import fill
 from zonebundle.host.files import write_durably
 from zonebundle.host.reserve import Reserve
 
@@ -13,21 +12,6 @@ pytestmark = pytest.mark.usefixtures("leak_check")
 
 SIZE = 4 << 20
 SHARE = SIZE // 16
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    try:
-        with filesystems.mounted("ext4", tmp_path, size=32 << 20) as point:
-            yield point
-    except filesystems.Unavailable as error:
-        pytest.skip(str(error))
-
-
-def _fill(directory: Path) -> None:
-    with (directory / "filler").open("ab", buffering=0) as file, pytest.raises(OSError, match="No space"):
-        while True:
-            file.write(os.urandom(4096))
 
 
 def _write(path: Path, size: int) -> bool:
@@ -43,7 +27,7 @@ def test_a_share_of_it_is_room_on_a_full_disk(small_disk: Path) -> None:
     reserve = Reserve(small_disk / "reserve", SIZE)
     reserve.refill()
     for number in range(SIZE // SHARE):
-        _fill(small_disk)
+        fill(small_disk)
         assert not _write(small_disk / str(number), SHARE // 2)
         assert reserve.release()
         assert _write(small_disk / str(number), SHARE // 2)
@@ -53,9 +37,9 @@ def test_a_share_of_it_is_room_on_a_full_disk(small_disk: Path) -> None:
 def test_it_is_taken_again_where_there_is_space(small_disk: Path) -> None:
     reserve = Reserve(small_disk / "reserve", SIZE)
     reserve.refill()
-    _fill(small_disk)
+    fill(small_disk)
     reserve.release_all()
-    _fill(small_disk)
+    fill(small_disk)
     with pytest.raises(OSError, match="No space"):
         reserve.refill()
     spent = [reserve.is_spent]
@@ -69,9 +53,9 @@ def test_where_there_is_too_little_none_of_it_is_taken(small_disk: Path) -> None
     reserve = Reserve(small_disk / "reserve", SIZE)
     reserve.refill()
     assert _write(small_disk / "other", SHARE)
-    _fill(small_disk)
+    fill(small_disk)
     reserve.release()
-    _fill(small_disk)
+    fill(small_disk)
     (small_disk / "other").unlink()
     for _ in range(2):
         with pytest.raises(OSError, match="No space"):

@@ -7,6 +7,7 @@ from support import leaks
 from support.ahead import Compressed, Host
 from support.linked import Linked, started
 from support.sealing import NEVER, Seal
+from support.several import StoreDisk
 from support.spooled import INSTALLATION, Draft, SpoolDir
 from zonebundle.seal.sealer import Sealed, Sealer
 from zonebundle.seal.storage import Storage
@@ -42,6 +43,12 @@ def seal(sealer: Sealer) -> Seal:
         return sealed
 
     return seal
+
+
+@pytest.fixture(params=["first", "second"])
+def dirs(request: pytest.FixtureRequest, at: SpoolDir, disk: StoreDisk) -> list[Path]:
+    """The store on the module's `disk`, and one that is always well."""
+    return [disk.store, at.store] if request.param == "first" else [at.store, disk.store]
 
 
 @pytest.fixture

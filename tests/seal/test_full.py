@@ -11,7 +11,7 @@ import pytest
 
 from support import leaks
 from support.failing import Failing
-from support.filesystems import Unavailable, mounted
+from support.filesystems import Unavailable, fill, mounted
 from support.sealing import Sealing, sealing
 from support.spooled import Draft, SpoolDir, log_lines
 from support.stored import check_clean, check_whole, download
@@ -50,18 +50,12 @@ def at(tmp_path: Path) -> SpoolDir:
     return SpoolDir(tmp_path / "host").make()
 
 
-def fill(point: Path, leave: int) -> Path:
-    """Take all space but about `leave` bytes."""
+def leave(space: int, point: Path) -> Path:
+    """Take all space but about `space` bytes."""
     ballast = point / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        if leave:
-            space = os.fstatvfs(file.fileno())
-            os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - leave)
-        for size in (MEGABYTE, 4096) if not leave else ():
-            # To the last block; not by one call, which on some takes all or nothing.
-            with contextlib.suppress(OSError):
-                while file.write(bytes(size)):
-                    os.fsync(file.fileno())
+    with ballast.open("wb") as file:
+        free = os.fstatvfs(file.fileno())
+        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - space)
     return ballast
 
 
@@ -88,7 +82,7 @@ def test_a_bundle_that_does_not_fit_is_cut(small: Path, at: SpoolDir) -> None:
         kept.add_log(b"old.log", log_lines(100_000))
         assert opened.seal(kept).left == ""
         before = download(StoreReader.open(store).find("web", kept.bundle_id))
-        fill(small, 20 * MEGABYTE)
+        leave(20 * MEGABYTE, small)
         draft = Draft(at)
         for number in range(50):
             draft.add_log(b"app.log.%02d" % number, noise(number, MEGABYTE + 7))
@@ -133,7 +127,7 @@ def test_without_any_space_it_waits_in_the_spool(small: Path, at: SpoolDir) -> N
     store = small / "store"
     prepare(store)
     # Before the store has its reserve.
-    ballast = fill(small, 0)
+    filler = fill(small)
     with leaks.no_leaks(), sealing(at.state, [store]) as opened:
         draft = Draft(at)
         for number in range(4):
@@ -147,7 +141,7 @@ def test_without_any_space_it_waits_in_the_spool(small: Path, at: SpoolDir) -> N
         another = Draft(at)
         another.add_log(b"a.log", b"x")
         another.write()
-        ballast.unlink()
+        filler.unlink()
         os.sync()
         for one in (draft, another):
             sealed = opened.seal_again(one.bundle_id)

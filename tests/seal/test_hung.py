@@ -46,12 +46,6 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SpoolDir:
     return SpoolDir(tmp_path / "host").make()
 
 
-@pytest.fixture(params=["first", "second"])
-def dirs(request: pytest.FixtureRequest, at: SpoolDir, disk: Disk) -> list[Path]:
-    """The store on the disk, and one that is always well."""
-    return [disk.store, at.store] if request.param == "first" else [at.store, disk.store]
-
-
 def catch_up(opened: Sealing, disk: Disk) -> None:
     """The disk answers again, and what it missed is made up for."""
     disk.thaw()

@@ -1,6 +1,7 @@
 """A sealer with several store dirs on real file systems, of which one dies, is read-only, full, slow or cut off."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -16,12 +17,13 @@ from typing import Any
 import pytest
 
 from support import leaks
-from support.filesystems import Unavailable, mounted
-from support.sealing import Sealing, sealing
-from support.several import check_equal, draft_of, seal
+from support.filesystems import Unavailable, fill, mounted
+from support.sealing import NEVER, Sealing, sealing
+from support.several import StoreDisk, check_equal, draft_of, seal
 from support.spooled import INSTALLATION, Draft, SpoolDir
 from support.stored import check_whole
 from zonebundle.errors import NoSuchBundleError, StoreError
+from zonebundle.seal.entry import SpoolEntry
 from zonebundle.seal.link import SealerLink
 from zonebundle.seal.sealer import Sealed
 from zonebundle.store import open_stores, replicate
@@ -50,15 +52,10 @@ main()
 
 
 @dataclass
-class Disk:
-    """A small file system with a store on it, that can die."""
+class Disk(StoreDisk):
+    """One that can die."""
 
     kind: str
-    point: Path
-
-    @property
-    def store(self) -> Path:
-        return self.point / "store"
 
     def die(self) -> None:
         """From now on every access is an I/O error, and what was not durable is gone."""
@@ -82,7 +79,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
     (tmp_path / "disk").mkdir()
     try:
         with mounted(request.param, tmp_path / "disk", SIZES[request.param]) as point:
-            disk = Disk(request.param, point)
+            disk = Disk(point, request.param)
             prepare(disk.store)
             yield disk
     except Unavailable as error:
@@ -97,15 +94,9 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SpoolDir:
     return SpoolDir(tmp_path / "host").make()
 
 
-@pytest.fixture(params=["first", "second"])
-def dirs(request: pytest.FixtureRequest, at: SpoolDir, disk: Disk) -> list[Path]:
-    """The store on the disk, and one that is always well."""
-    return [disk.store, at.store] if request.param == "first" else [at.store, disk.store]
-
-
-def come_back(opened: Sealing, disk: Disk) -> None:
+def come_back(opened: Sealing, point: Path) -> None:
     """The pause is over."""
-    opened.upkeep.undrain(str(disk.point))
+    opened.upkeep.undrain(str(point))
     opened.upkeep._not_before = 0.0
     opened.upkeep.catch_up()
 
@@ -125,9 +116,34 @@ def test_a_disk_that_dies(at: SpoolDir, disk: Disk, dirs: list[Path]) -> None:
             check_whole(alive.find("web", draft.bundle_id))
         opened.upkeep.drain(str(disk.point))
         disk.mount_again()
-        come_back(opened, disk)
+        come_back(opened, disk.point)
         opened.upkeep.prune()
         check_equal(dirs, [before, during])
+    assert at.left() == []
+
+
+def test_ended_before_the_entry_had_gone_and_its_store_is_away(at: SpoolDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    sealed_in, other = dirs = [at.store, at.base / "store-2"]
+    prepare(other)
+    draft, away = draft_of(at, 1), at.base / "away"
+    other.rename(away)
+
+    def failing(entry: SpoolEntry) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with leaks.no_leaks(), sealing(at.state, dirs) as opened, monkeypatch.context() as patched:
+        patched.setattr(SpoolEntry, "remove", failing)
+        assert opened.seal_again(draft.bundle_id).left == "input/output error"
+        # Its logs have gone: what is in the one directory is all there is.
+        assert list(at.staging.iterdir()) == []
+    away.rename(other)
+    sealed_in.rename(away)
+    with leaks.no_leaks(), sealing(at.state, dirs) as opened:
+        assert opened.sealer.seal(draft.bundle_id, lambda total, done: None, NEVER) is None
+        assert list(StoreReader.open(other).stored()) == []
+        away.rename(sealed_in)
+        come_back(opened, sealed_in)
+        check_equal(dirs, [draft])
     assert at.left() == []
 
 
@@ -151,9 +167,9 @@ def test_a_disk_that_is_mounted_read_only(at: SpoolDir, disk: Disk, dirs: list[P
             readers.find("web", deleted.bundle_id)
         # The directory that is away may have it for all we know: that is no error.
         assert opened.sealer.delete("web", deleted.bundle_id) == 0
-        come_back(opened, disk)
+        come_back(opened, disk.point)
         disk.remount("rw")
-        come_back(opened, disk)
+        come_back(opened, disk.point)
         opened.upkeep.prune()
         check_equal(dirs, [before, during])
     assert at.left() == []
@@ -163,12 +179,7 @@ def test_a_disk_that_is_mounted_read_only(at: SpoolDir, disk: Disk, dirs: list[P
 def test_a_full_disk_keeps_the_spool_entry(at: SpoolDir, disk: Disk, dirs: list[Path]) -> None:
     with leaks.no_leaks(), sealing(at.state, dirs) as opened:
         opened.upkeep.catch_up()
-        ballast = disk.point / "ballast"
-        with ballast.open("wb", buffering=0) as file:
-            for size in (MEGABYTE, 4096):
-                with contextlib.suppress(OSError):
-                    while file.write(bytes(size)):
-                        os.fsync(file.fileno())
+        filler = fill(disk.point)
         draft = draft_of(at, 1)
         told: list[Sealed] = []
         for _ in range(5):
@@ -180,7 +191,7 @@ def test_a_full_disk_keeps_the_spool_entry(at: SpoolDir, disk: Disk, dirs: list[
             assert draft.entry.is_dir()
             check_whole(StoreReader.open(at.store).find("web", draft.bundle_id))
             assert list(StoreReader.open(disk.store).stored()) == []
-        ballast.unlink()
+        filler.unlink()
         assert seal(opened, draft).header.gaps == 1
         opened.upkeep.prune()
         check_equal(dirs, [draft])
@@ -200,7 +211,7 @@ def test_a_lost_disk_and_an_empty_one_in_its_place(at: SpoolDir, disk: Disk, dir
         opened.upkeep.catch_up()
         assert not disk.store.exists()
         prepare(disk.store)
-        come_back(opened, disk)
+        come_back(opened, disk.point)
         opened.upkeep.prune()
         check_equal(dirs, [first, second])
     assert at.left() == []

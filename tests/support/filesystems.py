@@ -65,6 +65,22 @@ def mounted(kind: str, below: Path, size: int = IMAGE_BYTES, options: str = "") 
         point.rmdir()
 
 
+def fill(point: Path) -> Path:
+    """Take every free block, also of what root may have beyond others, with a file; once more, what has come free."""
+    filler = point / "filler"
+    with filler.open("ab", buffering=0) as file:
+        length = -1
+        # What is freed on the way, or was before, can be had only when it has been written out.
+        while length != (length := os.fstat(file.fileno()).st_size):
+            os.fsync(file.fileno())
+            # To the last block; not by one call, which on some takes all or nothing.
+            for size in (1 << 20, 4096):
+                with contextlib.suppress(OSError):
+                    while file.write(bytes(size)):
+                        os.fsync(file.fileno())
+    return filler
+
+
 def empty(directory: Path) -> None:
     """Remove `directory` with everything in it, read-only btrfs snapshots and mounts below it included."""
     for point in reversed(mount_points()):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from support.filesystems import Unavailable, mounted
+from support.several import StoreDisk
 from zonebundle.store.store import prepare
 
 _BYTES = 64 << 20
@@ -16,15 +17,10 @@ _LONGEST = 120
 
 
 @dataclass
-class Disk:
-    """A small file system with a store on it, which can be frozen."""
+class Disk(StoreDisk):
+    """One that can be frozen."""
 
-    point: Path
     _guard: list[subprocess.Popen[bytes]] = field(default_factory=list)
-
-    @property
-    def store(self) -> Path:
-        return self.point / "store"
 
     def freeze(self) -> None:
         guard = ["sh", "-c", f'sleep {_LONGEST}; fsfreeze --unfreeze "$0"', str(self.point)]

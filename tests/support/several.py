@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from support.sealing import Sealing
@@ -11,6 +12,17 @@ from zonebundle.errors import StoreError
 from zonebundle.seal.sealer import Sealed
 from zonebundle.store.check import check_store
 from zonebundle.store.reader import StoreReader
+
+
+@dataclass
+class StoreDisk:
+    """A small file system with a store on it."""
+
+    point: Path
+
+    @property
+    def store(self) -> Path:
+        return self.point / "store"
 
 
 def draft_of(at: SpoolDir, seed: int) -> Draft:

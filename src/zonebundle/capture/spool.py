@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import signal
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import structlog
 
 from zonebundle.errors import FormatError, UsageError
 from zonebundle.host import proc, trace
-from zonebundle.host.files import make_private_directory, remove_tree, sync_directory, write_durably
+from zonebundle.host.files import NO_SPACE, make_private_directory, remove_tree, sync_directory, write_durably
 from zonebundle.host.reserve import Reserve
 from zonebundle.model.ids import check_bundle_id
 from zonebundle.model.record import COMMANDS_FILE, INTENT_FILE, RECORD_FILE, Intent
@@ -26,7 +25,6 @@ _log = structlog.get_logger()
 
 _RESERVE = "reserve"
 _RESERVE_BYTES = 4 << 20
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Writes of different stops go out together, and the file system commits them together.
 _WRITERS = 32
 
@@ -71,7 +69,7 @@ class Spool:
                 break
             except OSError as error:
                 # What is given back may be taken by whoever fills the disk: so a share at a time, until there is none.
-                if error.errno not in _NO_SPACE or not self._reserve.release():
+                if error.errno not in NO_SPACE or not self._reserve.release():
                     raise
                 _log.warning("no space for an intent; using the reserve", reason=str(error))
         trace.point("stop.intent-durable")

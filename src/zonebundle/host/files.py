@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from zonebundle.errors import HostError, NotRegularFileError, OutsideRootError
 from zonebundle.host import syscalls
@@ -27,6 +28,7 @@ _BENEATH = (
     syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS | syscalls.RESOLVE_NO_XDEV
 )
 MAX_DEPTH = 64
+NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp", re.DOTALL)
 # Bounds the memory of a walk: a zone may make directories as fast as they are listed.
 MAX_DIRECTORIES = 200_000

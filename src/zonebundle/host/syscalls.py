@@ -81,7 +81,7 @@ def link_open_file(descriptor: int, dir_fd: int, name: bytes) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def preallocate(descriptor: int, offset: int, length: int) -> None:
+def fallocate(descriptor: int, offset: int, length: int) -> None:
     """Have blocks allocated for a range of a file, which grows to hold it. Does nothing where that is not supported.
 
     posix_fallocate would write into every page there. Raises OSError (the disk is full).

@@ -149,17 +149,8 @@ class LogFile(NamedTuple):
         return self.parts[0].start if self.parts else self.size
 
     def to_json(self) -> dict[str, Any]:
-        data = {
-            "source": self.source,
-            "host_root": self.host_root,
-            **path_to_json(self.path),
-            **path_to_json(self.host_path, "host_path"),
-            "size": self.size,
-            "mode": self.mode,
-            "mtime": self.mtime_ns,
-            "ino": self.inode,
-            "parts": [part.to_json() for part in self.parts],
-        }
+        paths = path_to_json(self.path) | path_to_json(self.host_path, "host_path")
+        data = _log_to_json(self, paths, [part.to_json() for part in self.parts])
         if self.pieces:
             data["pieces"] = [piece.to_json() for piece in self.pieces]
         if (known := self.identity) is not None:
@@ -216,17 +207,22 @@ class KnownLog:
             # Not every such text is one to orjson; another encoder knows no fragments.
             paths = path_to_json(os.fsencode(self.path)) | path_to_json(os.fsencode(self.host_path), "host_path")
             pieces = orjson.loads(self.pieces)
-        return {
-            "source": self.source,
-            "host_root": self.host_root,
-            **paths,
-            "size": self.size,
-            "mode": self.mode,
-            "mtime": self.mtime_ns,
-            "ino": self.inode,
-            "parts": [[0, self.size, "live", 0, "", 0]],
-            "pieces": pieces,
-        }
+        data = _log_to_json(self, paths, [[0, self.size, "live", 0, "", 0]])
+        data["pieces"] = pieces
+        return data
+
+
+def _log_to_json(log: LogFile | KnownLog, paths: dict[str, Any], parts: list[Any]) -> dict[str, Any]:
+    return {
+        "source": log.source,
+        "host_root": log.host_root,
+        **paths,
+        "size": log.size,
+        "mode": log.mode,
+        "mtime": log.mtime_ns,
+        "ino": log.inode,
+        "parts": parts,
+    }
 
 
 LIVE = -1

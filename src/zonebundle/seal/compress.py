@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Protocol
 
-from zonebundle.errors import FullError, SealCanceledError
+from zonebundle.errors import FullError
 from zonebundle.host import trace
 from zonebundle.model.identity import FileIdentity
 from zonebundle.model.manifest import Piece
@@ -21,6 +20,7 @@ from zonebundle.model.quantities import format_size
 from zonebundle.model.record import LogFile
 from zonebundle.model.report import Gap
 from zonebundle.seal.areas import OpenAreas
+from zonebundle.seal.attempt import Attempt
 from zonebundle.seal.jobs import Log, Pack, Ready, Share
 from zonebundle.seal.known import Known
 from zonebundle.seal.marks import CRASHES_TO_SKIP, CrashMarks
@@ -108,7 +108,7 @@ class Compression:
         known: Known,
         marks: CrashMarks,
         gaps: Gaps,
-        canceled: threading.Event,
+        attempt: Attempt,
         read: Callable[[int], None],
         *,
         may_cut: bool = False,
@@ -124,7 +124,7 @@ class Compression:
         self._known = known
         self._marks = marks
         self._gaps = gaps
-        self._canceled = canceled
+        self._attempt = attempt
         self._tell = read
         self._may_cut = may_cut
         self.is_cut = False
@@ -191,7 +191,7 @@ class Compression:
         return log.planned, log.pieces
 
     def _take(self, planned: PlannedLog) -> None:
-        self._check_canceled()
+        self._attempt.check()
         log = Log(planned, [], deque())
         self._logs.append(log)
         length = planned.length
@@ -280,7 +280,7 @@ class Compression:
         is_stored: bool | None = None
         with self._workers.group() as group:
             for at, length, zeros in cut(log.planned.log.first, log.planned.log.size, reader.next_data):
-                self._check_canceled()
+                self._attempt.check()
                 # What a growing log leaves behind, its last chunk, has a segment of its own, which can be removed.
                 if zeros or length < CHUNK or not group.make_room():
                     self._submit_chunks(log, group, is_stored)
@@ -325,10 +325,6 @@ class Compression:
             return make_pieces(raws, self._known, self._segments, self._owner, is_stored=is_stored)
         finally:
             self._marks.end(slot)
-
-    def _check_canceled(self) -> None:
-        if self._canceled.is_set():
-            raise SealCanceledError("the bundle was deleted while it was sealed")
 
     def _noter(self, planned: PlannedLog) -> Callable[[str], None]:
         return lambda reason: self._gap(planned, reason)

@@ -58,10 +58,6 @@ class Releaser:
             self.kept.discard(leader)
 
     def _release(self, entry: SpoolEntry, uses: Uses) -> None:
-        if uses.areas and not entry.is_sealed():
-            # If we die between here and the entry's removal, and the store that has the bundle is away at the next
-            # start, it must not be sealed once more, from logs that are gone.
-            entry.mark_sealed()
         is_needed = False
         for area in uses.areas:
             leads = area.leader == entry.bundle_id
@@ -73,6 +69,7 @@ class Releaser:
         trace.point("seal.areas-destroyed")
         if is_needed:
             if entry.bundle_id not in self.kept:
+                entry.mark_sealed()
                 entry.strip()
                 self.kept.add(entry.bundle_id)
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections import Counter
@@ -25,7 +24,7 @@ from zonebundle.errors import (
 from zonebundle.host import trace
 from zonebundle.host.clock import Clock, SystemClock
 from zonebundle.host.files import sync_directory
-from zonebundle.model.identity import TRUSTED_AGE_NS, FileIdentity
+from zonebundle.model.identity import TRUSTED_AGE_NS
 from zonebundle.model.manifest import Header
 from zonebundle.model.metadata import Metadata, parse_time
 from zonebundle.model.quantities import format_size
@@ -41,6 +40,7 @@ from zonebundle.seal.marks import CrashMarks, forget_marks, were_left
 from zonebundle.seal.outputs import add_outputs
 from zonebundle.seal.plan import Plan, plan
 from zonebundle.seal.release import Releaser
+from zonebundle.seal.renew import renewer
 from zonebundle.seal.report import describe, report_json, trace_json
 from zonebundle.seal.storage import Storage
 from zonebundle.seal.workers import Workers
@@ -91,7 +91,7 @@ class Sealer:
         self._workers = workers
         self._agent = agent
         self._clock = clock or SystemClock()
-        self._releaser = Releaser(spool, lambda area: destroy(area, self._renewer(area)))
+        self._releaser = Releaser(spool, lambda area: destroy(area, renewer(storage.index, area)))
         # How often there was no space for a bundle.
         self._full: Counter[str] = Counter()
 
@@ -128,6 +128,11 @@ class Sealer:
                 # A directory may be slow. The entry stays until every one that can be had has the bundle.
                 committed(sealed)
                 left = self._storage.stores.copy(bundle)
+                if not left:
+                    # If we die when its areas have gone, and the store that has the bundle is away at the next start,
+                    # it must not be sealed once more, from nothing. A full disk must not keep the entry, though.
+                    with contextlib.suppress(OSError):
+                        entry.mark_sealed()
             left = left or self._clean_up(entry)
             committed(sealed)
         return replace(sealed, left=left)
@@ -290,24 +295,6 @@ class Sealer:
             return describe(error)
         return ""
 
-    def _renewer(self, area: Area) -> Unlinked | None:
-        """What the index is to be told of logs that lose our link: their ctime has changed, by us alone."""
-        index = self._storage.index
-        if index is None or area.kind != "staged":
-            return None
-        try:
-            filesystem = os.statvfs(area.path).f_fsid
-        except OSError:
-            # It is gone already, or cannot be reached: destroying it will tell.
-            return None
-
-        def unlinked(before: os.stat_result, after: os.stat_result) -> None:
-            known = index.find_file(filesystem, before.st_ino)
-            if known is not None and _is_in_state(known.identity, before) and _is_same_content(before, after):
-                index.renew([(known.identity, after.st_ctime_ns)])
-
-        return unlinked
-
     def _committed(self, metadata: Metadata) -> StoredBundle | None:
         try:
             self._storage.usable()
@@ -385,15 +372,3 @@ def _add_logs(draft: BundleDraft, planned: Plan, work: Compression) -> str:
             files += 1
             done += log.length
     return f"{files} files, {format_size(done)}"
-
-
-def _is_in_state(identity: FileIdentity, status: os.stat_result) -> bool:
-    return (identity.size, identity.mtime_ns, identity.ctime_ns) == (
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-    )
-
-
-def _is_same_content(before: os.stat_result, after: os.stat_result) -> bool:
-    return (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)

@@ -172,7 +172,7 @@ class AreaFiles:
             self._buffer = bytearray(min(size - first, _CHUNK))
         if size - first >= _CHUNK and not is_sparse:
             # Blocks that are there already are written to in 80 % of the time that it takes to give each page its own.
-            syscalls.preallocate(self._pack, first + shift, size - first)
+            syscalls.fallocate(self._pack, first + shift, size - first)
         sample, sample_at = b"", 0
         start = size
         # Backwards, so that the newest bytes are there if time runs out.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from zonebundle.errors import SnapshotError
+from zonebundle.host.files import NO_SPACE
 from zonebundle.model.record import Part
 from zonebundle.model.report import Outcome, Step
 from zonebundle.snapshots.base import Kind
@@ -19,7 +20,6 @@ from zonebundle.snapshots.tree import Tree
 # Where no more than this (in bytes) has to be copied, and nothing linked, an area costs more than the copies.
 LITTLE: Final = 256 << 10
 
-NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NEVER_WORKS = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS})
 
 # A directory that there is already, and its number among the record's areas.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from zonebundle.errors import HostError, NotRegularFileError
-from zonebundle.host.files import open_regular_beneath
+from zonebundle.host.files import NO_SPACE, open_regular_beneath
 from zonebundle.model.identity import FileIdentity
 from zonebundle.model.record import Limits
 from zonebundle.model.report import Gap
@@ -25,7 +25,7 @@ from zonebundle.snapshots.links import Links
 from zonebundle.snapshots.listing import Key, Listed, Listing
 from zonebundle.snapshots.outcome import Told, tell
 from zonebundle.snapshots.place import Placed, RewrittenError, live_parts
-from zonebundle.snapshots.placing import LITTLE, NO_SPACE, Bounds, Near, Placing
+from zonebundle.snapshots.placing import LITTLE, Bounds, Near, Placing
 from zonebundle.snapshots.tree import Tree, open_tree
 
 # Listings after the first one, until they show nothing new.

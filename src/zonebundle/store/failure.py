@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator
 
 from zonebundle.errors import FullError, StoreError
+from zonebundle.host.files import NO_SPACE
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _ADVICE = {
     errno.ENOSPC: "free space there, or delete bundles",
     errno.EDQUOT: "raise the quota, or delete bundles",
@@ -24,7 +24,7 @@ def explain(doing: str, error: OSError) -> StoreError:
     """A StoreError, or FullError, for an OSError; `doing` says what failed, on what."""
     reason = os.strerror(error.errno).lower() if error.errno else str(error)
     advice = _ADVICE.get(error.errno or 0)
-    kind = FullError if error.errno in _FULL else StoreError
+    kind = FullError if error.errno in NO_SPACE else StoreError
     return kind(f"{doing} failed: {reason}{f'; {advice}' if advice else ''}")
 
 
