@@ -154,11 +154,6 @@ def segment_keys_in(body: bytes) -> set[int]:
     return {keys[0] for keys in _KEYS.iter_unpack(body[_IDENTITY.size :])}
 
 
-def piece_count(body: bytes) -> int:
-    """The number of pieces in a file's checked bytes."""
-    return (len(body) - _IDENTITY.size) // _PIECE.size
-
-
 def decode_piece(data: object) -> Piece | None:
     """The piece in a row of its own; None if it is damaged."""
     body = checked(data)
