@@ -77,6 +77,40 @@ def test_memory_is_copied_into_the_spool(tmpfs_dir: Path, leak_check: None) -> N
     assert str(zone) in choice.warning
 
 
+def test_the_roots_of_many_zones_are_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # For each of a thousand zones a thousand roots were resolved: an agent took minutes to start.
+    (tmp_path / "state").mkdir(mode=0o700)
+    roots = [tmp_path / f"zone-{number}" for number in range(20)]
+    for root in roots:
+        root.mkdir()
+    rules = StagingRules(state_dir=str(tmp_path / "state"), zone_roots=tuple(map(str, roots)))
+    resolved: list[str] = []
+    real = os.path.realpath
+
+    def counting(path: str) -> str:
+        resolved.append(path)
+        return real(path)
+
+    monkeypatch.setattr(os.path, "realpath", counting)
+    for root in roots:
+        _choose(root, rules)
+    assert sorted(path for path in resolved if path in rules.zone_roots) == sorted(rules.zone_roots)
+
+
+def test_a_root_that_is_moved_is_resolved_again(
+    ext4_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_RETRY", 0.0)
+    zone, _ = _zone(ext4_dir)
+    link = tmp_path / "link"
+    rules = StagingRules(state_dir=str(ext4_dir / "state"), zone_roots=(str(link),))
+    link.symlink_to(zone)
+    assert _choose(zone, rules).kind is Kind.HARDLINK
+    link.unlink()
+    link.symlink_to(_mount_of(ext4_dir))
+    assert "inside the root of a zone" in _choose(zone / "log", rules).warning
+
+
 def test_the_operators_directory_comes_first(ext4_dir: Path) -> None:
     zone, rules = _zone(ext4_dir)
     own = ext4_dir / "own"

@@ -29,7 +29,7 @@ from zonebundle.snapshots.place import FICLONE, is_unwritten
 DIRECTORY: Final = ".zone-bundle"
 BELOW_STATE: Final = "staging"
 
-# What was found not to work may have been mended: it is tried again after this many seconds.
+# What was found may have been changed: what did not work, where a link leads. It is tried again after so many seconds.
 _RETRY = 60.0
 _MOST = 4096
 _TRIAL = ".try-"
@@ -71,6 +71,8 @@ class _Staging:
 
 _choices: dict[tuple[str, int, int], _Remembered] = {}
 _kinds: dict[_Identity, tuple[str, frozenset[Kind]]] = {}
+# Real paths of the zones' roots, and until when they are taken for that.
+_roots: dict[tuple[str, ...], tuple[frozenset[str], float]] = {}
 
 
 def choose(descriptor: int, path: str, rules: StagingRules) -> Choice:
@@ -114,6 +116,7 @@ def forget() -> None:
     """Try everything again: for the doctor, and after the configuration has changed."""
     _choices.clear()
     _kinds.clear()
+    _roots.clear()
 
 
 def _find(descriptor: int, path: str, status: os.stat_result, rules: StagingRules) -> tuple[Choice, _Identity | None]:
@@ -177,7 +180,7 @@ def _claim(candidate: str, mounts: list[Mount], mount_id: int, device: str, rule
     if mount_of(parent, mounts).device != device and not os.path.ismount(candidate):
         raise _refusal("is on another file system")
     real = os.path.join(parent, os.path.basename(candidate))
-    if any(_is_inside(real, os.path.realpath(root)) for root in rules.zone_roots):
+    if not _resolved(rules.zone_roots).isdisjoint(_with_parents(real)):
         raise _refusal("is inside the root of a zone")
     if os.path.basename(candidate) == DIRECTORY:
         _check_parent(parent)
@@ -210,8 +213,20 @@ def _refusal(reason: str) -> OSError:
     return OSError(errno.EPERM, reason)
 
 
-def _is_inside(path: str, root: str) -> bool:
-    return path == root or path.startswith(root.rstrip("/") + "/")
+def _resolved(roots: tuple[str, ...]) -> frozenset[str]:
+    """The real paths of these directories. A host has a thousand, and each directory of each zone asks for all."""
+    known = _roots.get(roots)
+    if known is None or known[1] < time.monotonic():
+        _roots.clear()
+        known = _roots[roots] = frozenset(map(os.path.realpath, roots)), time.monotonic() + _RETRY
+    return known[0]
+
+
+def _with_parents(path: str) -> Iterator[str]:
+    """A real path and those of all directories that it lies in."""
+    yield path
+    while path != (path := os.path.dirname(path)):
+        yield path
 
 
 def _check_parent(parent: str) -> None:
