@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 pytest.register_assert_rewrite("support")
 
@@ -14,6 +15,11 @@ from support import containers, filesystems, leaks  # noqa: E402
 from support.containers import RuncBundle  # noqa: E402
 from support.flipping import Sample, make_sample  # noqa: E402
 from support.users import NOBODY, OrdinaryUser  # noqa: E402
+
+# The same examples at every run: whoever breaks one has broken it. For others: --hypothesis-profile=random.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("random", deadline=None, max_examples=1000, print_blob=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session", autouse=True)

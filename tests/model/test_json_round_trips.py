@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from zonebundle.errors import FormatError
@@ -174,13 +174,15 @@ def test_the_first_byte_kept_is_that_of_the_first_part(file: LogFile) -> None:
     assert file.first == (file.parts[0].start if file.parts else file.size)
 
 
+@example([Step("thread_name", Outcome.SUCCESS)])
 @given(st.lists(steps, max_size=5))
 def test_a_trace_has_an_event_for_every_step_in_whole_microseconds(made: list[Step]) -> None:
     trace = json.loads(json.dumps(trace_events("web", made)))
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    names = [event for event in trace["traceEvents"] if event["ph"] == "M"]
     assert [event["name"] for event in events] == [step.name for step in made]
     assert all(isinstance(event["ts"], int) and event["dur"] >= 0 for event in events)
-    lanes = {event["tid"]: event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "thread_name"}
+    lanes = {event["tid"]: event["args"]["name"] for event in names if event["name"] == "thread_name"}
     assert [lanes[event["tid"]] for event in events] == [step.lane for step in made]
 
 
