@@ -149,11 +149,10 @@ class Agent:
             {
                 "do": "warm",
                 "zones": [self.with_archives(zone).to_json() for zone in zones[first : first + _LESSON]],
-                "settings": self._settings.to_json(),
             }
             for first in range(0, len(zones), _LESSON)
         ]
-        lesson = await self._workers.warm(lessons)
+        lesson = await self._workers.warm(lessons, self._settings)
         await self._state.remember(lesson.staging)
         for warning in lesson.warnings:
             _log.warning("logs will be copied", reason=warning)

@@ -150,7 +150,7 @@ class Capturer:
         try:
             async with self._turns.take():
                 conduct.begun = await conduct.worker.call(
-                    {"do": "begin", "order": conduct.order.to_json()}, budget + _MARGIN
+                    {"do": "begin", "order": conduct.order.to_json()}, budget + _MARGIN, conduct.order.settings
                 )
         except WorkerDiedError as error:
             await self._replace_worker(conduct, f"probes and commands were lost: {error}")
@@ -166,7 +166,9 @@ class Capturer:
         conduct.worker = await conduct.stack.enter_async_context(self._workers.take(exclusive=True))
         again = HoldOrder(order.entry, order.intent, order.began, order.settings, probe=False)
         try:
-            conduct.begun = await conduct.worker.call({"do": "begin", "order": again.to_json()}, _MARGIN)
+            conduct.begun = await conduct.worker.call(
+                {"do": "begin", "order": again.to_json()}, _MARGIN, again.settings
+            )
         except HostError as error:
             conduct.gaps.append(Gap("logs", f"the log directories could not be opened: {error}"))
 

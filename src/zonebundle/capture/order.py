@@ -62,7 +62,8 @@ class HoldSettings:
 class HoldOrder:
     """One hold: the spool entry, the intent, when it began (CLOCK_MONOTONIC, the same in every process), the settings.
 
-    `probe` is false where the zone has no processes any more, or where this worker replaces one that died.
+    The settings are not in its message: they name the root of every zone, and a worker is told of them once. `probe`
+    is false where the zone has no processes any more, or where this worker replaces one that died.
     """
 
     entry: str
@@ -76,17 +77,16 @@ class HoldOrder:
             "entry": self.entry,
             "intent": self.intent.to_json(),
             "began": self.began,
-            "settings": self.settings.to_json(),
             "probe": self.probe,
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> HoldOrder:
+    def from_json(cls, data: dict[str, Any], settings: HoldSettings) -> HoldOrder:
         return cls(
             entry=data["entry"],
             intent=Intent.from_json(data["intent"]),
             began=data["began"],
-            settings=HoldSettings.from_json(data["settings"]),
+            settings=settings,
             probe=data["probe"],
         )
 

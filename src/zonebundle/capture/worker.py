@@ -2,7 +2,8 @@
 
 Messages, each with the number of its hold: begin → open the logs, look at the processes, run the commands (these after
 the notice `go`: the intent is durable); snapshot → take a snapshot that others may share; finish → stage what is not in
-one, write the record; drop (a notice) → forget the hold. warm → learn how the logs of some zones will be kept.
+one, write the record; drop (a notice) → forget the hold. warm → learn how the logs of some zones will be kept. The
+notice `settings`, of no hold, is for all that begin after it.
 """
 
 from __future__ import annotations
@@ -59,14 +60,17 @@ class _Worker:
         # and ends this worker's career.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="hold")
         self._probe_threads = ThreadPoolExecutor(_PROBE_THREADS, thread_name_prefix="probe")
+        self._settings = HoldSettings()
         self._holds: dict[int, Hold] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
         while True:
             message, _ = await self._channel.receive()
-            number = message["hold"]
+            number = message.get("hold", 0)
             match message["do"]:
+                case "settings":
+                    self._settings = HoldSettings.from_json(message["settings"])
                 case "go":
                     if (hold := self._holds.get(number)) is not None:
                         hold.go()
@@ -76,7 +80,7 @@ class _Worker:
                 case _:
                     if message["do"] == "begin" and number not in self._holds:
                         # Here and not in the task: `go` may be the next message, and must find the hold.
-                        order = HoldOrder.from_json(message["order"])
+                        order = HoldOrder.from_json(message["order"], self._settings)
                         known = self._known_files(order.settings.index)
                         self._holds[number] = Hold(order, self._threads, self._probe_threads, known)
                     task = asyncio.create_task(self._answer(number, message))
@@ -105,10 +109,9 @@ class _Worker:
 
     async def _warm(self, message: dict[str, Any]) -> dict[str, Any]:
         """Find out, before it is urgent, how the logs of these zones will be kept; answers with what to warn of."""
-        settings = HoldSettings.from_json(message["settings"])
         trees = [tree for zone in message["zones"] for tree in Zone.from_json(zone).logs]
         loop = asyncio.get_running_loop()
-        warnings, staging = await loop.run_in_executor(self._threads, find_choices, trees, settings)
+        warnings, staging = await loop.run_in_executor(self._threads, find_choices, trees, self._settings)
         return {"warnings": warnings, "staging": staging}
 
     def _do(self, number: int, message: dict[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 
+from zonebundle.capture.order import HoldSettings
 from zonebundle.errors import HostError, UnavailableError
 from zonebundle.host import trace
 from zonebundle.host.channel import Channel, ChannelClosed, channel_pair
@@ -40,6 +41,7 @@ class _Process:
         self.calls: dict[int, int] = {}
         self._channel = channel
         self._pidfd = pidfd
+        self._told: HoldSettings | None = None
         self._receiver = asyncio.get_running_loop().create_task(self._receive())
 
     async def _receive(self) -> None:
@@ -70,6 +72,12 @@ class _Process:
     def send(self, message: dict[str, Any]) -> None:
         self._channel.send(message)
 
+    def tell(self, settings: HoldSettings) -> None:
+        """Have it know these settings, which hold from now on. Raises as `send`."""
+        if settings != self._told:
+            self.send({"do": "settings", "settings": settings.to_json()})
+            self._told = settings
+
     def kill(self) -> None:
         """Kill it without waiting: one in uninterruptible sleep dies when the kernel lets it."""
         self.is_retired = True
@@ -97,14 +105,20 @@ class HoldWorker:
     def pid(self) -> int:
         return self._process.pid
 
-    async def call(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
+    async def call(
+        self, message: dict[str, Any], timeout: float, settings: HoldSettings | None = None
+    ) -> dict[str, Any]:
         """Send a request and return its reply. Raises WorkerDiedError; the hold is then lost there.
 
-        Raises HostError for what the worker could not do. Cancelling loses the hold too.
+        `settings` are told before, where the worker does not know them: every zone's root is in them, and a hold must
+        not cost more for there being more zones. Raises HostError for what the worker could not do. Cancelling loses
+        the hold too.
         """
         waiting: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._process.holds[self.number] = waiting
         try:
+            if settings is not None:
+                self._process.tell(settings)
             self._process.calls[self.number] += 1
             self._process.send(message | {"hold": self.number, "call": self._process.calls[self.number]})
             reply = await asyncio.wait_for(waiting, timeout)
@@ -166,6 +180,7 @@ class HoldWorkers:
         self._control: Channel | None = None
         self._filling: asyncio.Task[None] | None = None
         self._lessons: list[dict[str, Any]] = []
+        self._settings: HoldSettings | None = None
         self._closed = False
 
     async def start(self) -> None:
@@ -173,12 +188,12 @@ class HoldWorkers:
         await self._start_server()
         await self._fill()
 
-    async def warm(self, lessons: list[dict[str, Any]]) -> Lesson:
+    async def warm(self, lessons: list[dict[str, Any]], settings: HoldSettings) -> Lesson:
         """Have every worker, also later ones, learn how logs will be kept; returns what they learned.
 
         Each lesson is a `warm` message. A worker that does not learn in time (a hung file system) serves all the same.
         """
-        self._lessons = lessons
+        self._lessons, self._settings = lessons, settings
         told = await asyncio.gather(*(self._teach(process) for process in [*self._shared, *self._spare]))
         return Lesson(
             sorted({warning for lesson in told for warning in lesson.warnings}),
@@ -190,7 +205,7 @@ class HoldWorkers:
         learned = Lesson([], [])
         try:
             for lesson in self._lessons:
-                reply = await worker.call(lesson, _LESSON_PATIENCE)
+                reply = await worker.call(lesson, _LESSON_PATIENCE, self._settings)
                 learned.warnings.extend(reply["warnings"])
                 learned.staging.extend(reply["staging"])
         except HostError as error:
