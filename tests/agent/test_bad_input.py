@@ -318,6 +318,29 @@ def test_sigterm_during_a_stop(agent: AgentProcess) -> None:
     assert agent.contents("web", bundle_id)["logs/zone/logs/app.log"] == b"first words\nlast words\n"
 
 
+SIGNALED_TWICE = """
+import os, signal, sys
+from zonebundle.api import serve
+ignore = serve._ignore_signals
+serve._ignore_signals = lambda: (os.kill(os.getpid(), signal.SIGTERM), ignore())
+from zonebundle.cli.main import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_just_when_the_first_is_heeded(agent: AgentProcess) -> None:
+    agent.write_config()
+    command = [sys.executable, "-c", SIGNALED_TWICE, "agent", "--config", str(agent.config)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        agent.process = process
+        agent.wait_ready()
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert b"agent has stopped" in log
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reserve", [True, False])
 def test_a_full_disk_under_the_state(small_disk: Path, agent: AgentProcess, tmp_path: Path, reserve: bool) -> None:

@@ -76,7 +76,7 @@ class AgentProcess:
             + "".join(f"[zones.{json.dumps(name)}]\n{table}" for name, table in self.zones.items())
         )
 
-    def start(self, *, crash_at: str = "", wait_ready: bool = True, **environment: str) -> Self:
+    def start(self, *, crash_at: str = "", **environment: str) -> Self:
         """Start it and wait until it answers; with `crash_at`, it dies at that trace point."""
         self.write_config()
         extra = dict(environment)
@@ -90,9 +90,12 @@ class AgentProcess:
                 stderr=log,
                 env=os.environ | extra,
             )
-        if wait_ready:
-            wait.until(self._answers, timeout=30, what=f"the agent answers; its log: {self.log}")
+        self.wait_ready()
         return self
+
+    def wait_ready(self) -> None:
+        """Wait until it answers."""
+        wait.until(self._answers, timeout=30, what=f"the agent answers; its log: {self.log}")
 
     def _answers(self) -> bool:
         assert self.process is not None

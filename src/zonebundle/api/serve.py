@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import grp
@@ -13,6 +12,7 @@ import socket
 import sys
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import structlog
@@ -27,6 +27,7 @@ from zonebundle.host.collector import collect_seldom
 from zonebundle.model.paths import printable
 
 _GROUP = "zone-bundle"
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 _log = structlog.get_logger()
 
 
@@ -131,23 +132,18 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-
-        def stop() -> None:
+        def stop(_number: int, _frame: FrameType | None) -> None:
             self.should_exit = True
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
+        # Not by the loop: to remove its handler would bring the default back, for the moment until it is ignored.
+        for number in _ENDING:
+            signal.signal(number, stop)
+        yield
 
 
 def _ignore_signals() -> None:
     """From here to the exit: a second SIGTERM or SIGINT does not end what the first one waits for."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _ENDING:
         signal.signal(number, signal.SIG_IGN)
 
 
