@@ -114,7 +114,7 @@ class ZoneRunner:
         """
         if self._stopping is None:
             patience = Grace(grace)
-            task = asyncio.create_task(self._stop(patience, grace))
+            task = asyncio.get_running_loop().create_task(self._stop(patience, grace))
             self._stopping = _Stopping(task, patience, bundle, remove)
             task.add_done_callback(self._stop_ended)
         else:
@@ -156,9 +156,6 @@ class ZoneRunner:
             # Evidence that is safe is sealed, whatever became of the removal.
             if captured is not None:
                 self._evidence.seal(intent.metadata.bundle_id, captured)
-        if captured is not None and not captured.recorded and not captured.recoverable:
-            # Nobody will ask for what was staged. Behind the answer: the zone is free.
-            self._keep(asyncio.create_task(self._evidence.forget(intent)))
         if failure is not None:
             raise failure
         return self._result(intent, captured, begin)
@@ -202,14 +199,10 @@ class ZoneRunner:
         Raises TerminatingError during a stop. Cancelling this call cancels nothing.
         """
         self._refuse_during_stop("its bundle comes with the stop")
-        task = asyncio.create_task(self._create())
-        self._keep(task)
-        return await asyncio.shield(task)
-
-    def _keep(self, task: asyncio.Task[Any]) -> None:
-        """Have `settle` wait for it."""
+        task = asyncio.get_running_loop().create_task(self._create())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
 
     async def _create(self) -> Metadata:
         async with self._turn:
@@ -235,7 +228,7 @@ class ZoneRunner:
         """
         _log.info("finishing", zone=self.name, operation=intent.operation, bundle=intent.metadata.bundle_id)
         grace = Grace(intent.grace)
-        task = asyncio.create_task(self._resume(intent, grace))
+        task = asyncio.get_running_loop().create_task(self._resume(intent, grace))
         if intent.operation == "stop" and self._stopping is None:
             self._stopping = _Stopping(task, grace, True, intent.remove)
             task.add_done_callback(self._stop_ended)

@@ -45,9 +45,8 @@ class StagingRegistry(Protocol):
 class Captured:
     """What became of a hold. Seconds; `hold_seconds` is all but the graceful stop.
 
-    `recorded`: the evidence is safe and can be sealed. `recoverable`: an agent that starts again finds the intent, and
-    what there is. `failure`: what the runtime said when it could not stop the zone. `gaps` counts what the bundle lacks
-    so far.
+    `recorded`: the evidence is safe and can be sealed. `failure`: what the runtime said when it could not stop the
+    zone. `gaps` counts what the bundle lacks so far.
     """
 
     bundle_id: str
@@ -57,7 +56,6 @@ class Captured:
     gaps: int
     failure: ZoneBundleError | None = None
     reasons: tuple[Gap, ...] = ()
-    recoverable: bool = True
 
 
 @dataclass(slots=True)
@@ -129,7 +127,6 @@ class Capturer:
             gaps=missing,
             failure=failure,
             reasons=tuple(conduct.gaps),
-            recoverable=recoverable,
         )
 
     async def _write_intent(self, intent: Intent, conduct: _Conduct) -> bool:
