@@ -5,14 +5,18 @@ import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 
 from support import wait
+from zonebundle.capture.order import HoldSettings
 from zonebundle.capture.workers import HoldWorkers, WorkerDiedError
 from zonebundle.errors import HostError
 from zonebundle.host import proc
+from zonebundle.host.channel import Channel
 
 
 @contextlib.asynccontextmanager
@@ -60,6 +64,30 @@ async def test_a_worker_that_dies_is_reported_and_replaced(exclusive: bool) -> N
             with pytest.raises(WorkerDiedError, match="died during 'begin'"):
                 await worker.call({"do": "begin"}, 5)
         await _answers(pool, exclusive)
+
+
+async def test_settings_are_told_where_they_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    send = Channel.send
+
+    def noting(channel: Channel, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+        if message.get("do") == "settings":
+            told.append(message["settings"]["index"])
+        send(channel, message, descriptors)
+
+    monkeypatch.setattr(Channel, "send", noting)
+    before = HoldSettings(zone_roots=("/zone",))
+    after = replace(before, index="/index")
+    async with workers(1) as pool:
+        async with pool.take() as one, pool.take() as other:
+            for worker, settings in ((one, before), (other, replace(before)), (one, after), (other, after)):
+                with pytest.raises(HostError, match="not expected now"):
+                    await worker.call({"do": "nonsense"}, 10, settings)
+            assert told == ["", "/index"]
+        async with pool.take(exclusive=True) as fresh:
+            with pytest.raises(HostError, match="not expected now"):
+                await fresh.call({"do": "nonsense"}, 10, after)
+    assert told == ["", "/index", "/index"]
 
 
 async def test_a_worker_that_does_not_answer_gets_no_more_holds() -> None:

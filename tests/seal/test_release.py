@@ -12,6 +12,7 @@ from zonebundle.errors import SnapshotError
 from zonebundle.model.ids import snapshot_name
 from zonebundle.model.record import Area, SnapshotTree
 from zonebundle.seal.entry import SpoolEntry
+from zonebundle.seal.release import Releaser
 from zonebundle.seal.sealer import Sealer
 from zonebundle.seal.storage import Storage
 from zonebundle.seal.workers import Workers
@@ -105,6 +106,18 @@ def test_a_leader_without_a_record_still_needs_its_snapshot(at: SpoolDir, sealer
     seal(sealer, group.leader)
     group.check_sealed(group.leader)
     assert at.left() == []
+
+
+def test_a_leader_that_its_last_follower_has_ended_meanwhile(at: SpoolDir, sealer: Sealer) -> None:
+    group = Group(at, followers=1)
+    for draft in group.all:
+        group.record(draft)
+    leader = SpoolEntry(at.spool, group.leader.bundle_id)
+    # As with several directories: before its own clean-up.
+    leader.mark_sealed()
+    seal(sealer, group.followers[0])
+    assert at.left() == []
+    Releaser(at.spool, lambda area: pytest.fail(f"{area} is destroyed twice")).release(leader)
 
 
 def test_followers_that_went_away_by_themselves_are_noticed(at: SpoolDir, sealer: Sealer) -> None:

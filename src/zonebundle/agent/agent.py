@@ -152,7 +152,7 @@ class Agent:
             }
             for first in range(0, len(zones), _LESSON)
         ]
-        lesson = await self._workers.warm(lessons, self._settings)
+        lesson = await self._workers.warm(lessons, self._hold_settings())
         await self._state.remember(lesson.staging)
         for warning in lesson.warnings:
             _log.warning("logs will be copied", reason=warning)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -16,7 +17,7 @@ from zonebundle.agent.state import StateDir
 from zonebundle.capture.spool import Pending, Spool
 from zonebundle.errors import FormatError, SnapshotError
 from zonebundle.model.record import RECORD_FILE, Area, Intent, RecordHeader
-from zonebundle.snapshots.areas import destroy_area
+from zonebundle.snapshots.areas import destroy_area, list_areas
 
 _log = structlog.get_logger()
 
@@ -53,10 +54,11 @@ class Recovery:
                 # Before the intent was durable the zone was not touched: no trace is left.
                 self._spool.remove(entry.bundle_id)
             else:
-                await self._clear_in_time(entry.intent, in_use)
+                await self._in_time(partial(self._clear, entry.intent, in_use), entry.bundle_id)
                 # Listed at once, though the zone has to be found first.
                 catalogue.put(BundleEntry(entry.intent.metadata, BundleState.CAPTURING))
                 interrupted.append(entry.intent)
+        await self._in_time(partial(self._sweep, in_use), "none")
         return interrupted
 
     def _list_recorded(self, entry: Pending, catalogue: Catalogue) -> None:
@@ -81,12 +83,12 @@ class Recovery:
         else:
             self.recorded.append(entry.bundle_id)
 
-    async def _clear_in_time(self, intent: Intent, in_use: set[str]) -> None:
-        clearing = asyncio.get_running_loop().run_in_executor(self._threads, self._clear, intent, in_use)
+    async def _in_time(self, clear: Callable[[], None], bundle: str) -> None:
+        clearing = asyncio.get_running_loop().run_in_executor(self._threads, clear)
         done, _ = await asyncio.wait({clearing}, timeout=_CLEAR_PATIENCE)
         if not done:
             # A file system that hangs must not keep the agent, and so every zone, from starting.
-            _log.error("staging areas of an interrupted hold are not removed yet", bundle=intent.metadata.bundle_id)
+            _log.error("staging areas are not removed yet: their file system hangs", bundle=bundle)
 
     def _clear(self, intent: Intent, in_use: set[str]) -> None:
         """Destroy what the interrupted hold had taken; it is taken again. By name, mark and intent."""
@@ -94,6 +96,17 @@ class Recovery:
         # Followers that were recorded before the leader still read its snapshot.
         free = [parent for parent in parents if str(Path(parent, intent.snapshot)) not in in_use]
         _destroy_areas(free, intent, self._installation)
+
+    def _sweep(self, in_use: set[str]) -> None:
+        """Destroy what a hold has left of which there is no entry: neither intent nor record fitted on a full disk."""
+        for staging in self._state.staging:
+            try:
+                for area in list_areas(Path(staging), self._installation):
+                    if area.path not in in_use and not self._spool.entry(area.leader).exists():
+                        _log.warning("a staging area that nothing refers to is removed", path=area.path)
+                        destroy_area(area, self._installation)
+            except (OSError, SnapshotError) as error:
+                _log.error("staging areas not looked through", path=staging, reason=str(error))
 
 
 def _destroy_areas(parents: Iterable[str], intent: Intent, installation: str) -> bool:
@@ -111,6 +124,9 @@ def _destroy_areas(parents: Iterable[str], intent: Intent, installation: str) ->
 
 def discard(spool: Spool, staging: Iterable[str], intent: Intent, installation: str) -> None:
     """Remove an entry without a record, and what was staged for it. Blocks. What cannot be removed is logged."""
+    if (spool.entry(intent.metadata.bundle_id) / RECORD_FILE).exists():
+        # Only the answer that it is durable was lost: the next start seals it.
+        return
     # An entry whose area is left stays: it is what the next start removes the area by.
     if not _destroy_areas(staging, intent, installation):
         return

@@ -214,8 +214,9 @@ class ZoneRunner:
             captured = await self._evidence.hold(intent, probe=runs, living=runs)
             self._evidence.seal(intent.metadata.bundle_id, captured)
         if not captured.recorded:
-            # It is answered with an error: the next start must not make it unasked.
-            await self._evidence.forget(intent)
+            # It is answered with an error: the next start must not make it unasked, unless others read its snapshot.
+            if not captured.followers:
+                await self._evidence.forget(intent)
             reasons = "; ".join(gap.reason for gap in captured.reasons)
             raise ZoneBundleError(f"no bundle of zone '{self.name}' could be made: {reasons}")
         return intent.metadata

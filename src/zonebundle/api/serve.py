@@ -27,7 +27,7 @@ from zonebundle.host.collector import collect_seldom
 from zonebundle.model.paths import printable
 
 _GROUP = "zone-bundle"
-_ENDING = (signal.SIGTERM, signal.SIGINT)
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _log = structlog.get_logger()
 
 
@@ -128,7 +128,7 @@ def _remove_dead_socket(path: Path) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Ends on SIGTERM and SIGINT. uvicorn's own handlers raise the signal again, before the agent could close."""
+    """Ends on SIGTERM, SIGINT, SIGHUP. uvicorn's own handlers raise the signal again, before the agent could close."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -142,7 +142,7 @@ class _Server(uvicorn.Server):
 
 
 def _ignore_signals() -> None:
-    """From here to the exit: a second SIGTERM or SIGINT does not end what the first one waits for."""
+    """From here to the exit: a second signal does not end what the first one waits for."""
     for number in _ENDING:
         signal.signal(number, signal.SIG_IGN)
 

@@ -46,7 +46,7 @@ class Captured:
     """What became of a hold. Seconds; `hold_seconds` is all but the graceful stop.
 
     `recorded`: the evidence is safe and can be sealed. `failure`: what the runtime said when it could not stop the
-    zone. `gaps` counts what the bundle lacks so far.
+    zone. `gaps` counts what the bundle lacks so far. `followers` are the bundles that share a snapshot of this one.
     """
 
     bundle_id: str
@@ -56,6 +56,7 @@ class Captured:
     gaps: int
     failure: ZoneBundleError | None = None
     reasons: tuple[Gap, ...] = ()
+    followers: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -127,6 +128,7 @@ class Capturer:
             gaps=missing,
             failure=failure,
             reasons=tuple(conduct.gaps),
+            followers=conduct.followers,
         )
 
     async def _write_intent(self, intent: Intent, conduct: _Conduct) -> bool:
@@ -185,7 +187,7 @@ class Capturer:
             try:
                 await self._staging.remember(directories)
             except OSError as error:
-                # The intent and the record name the area as well: only a crash between the two could leave it behind.
+                # The intent and the record name the area as well: it is left behind only if neither can be written.
                 _log.error("staging directories not noted; the stop goes on", reason=str(error))
         # One snapshot a bundle: its area's name is the bundle's. Logs on further subvolumes are staged by reflink.
         for group in conduct.begun.get("groups", [])[:1]:

@@ -39,7 +39,11 @@ class Releaser:
         Raises SnapshotError, OSError; then the entry is still there, for another try.
         """
         with self._lock:
-            uses = entry.uses()
+            try:
+                uses = entry.uses()
+            except FileNotFoundError:
+                # The last follower has ended it meanwhile.
+                return
             self._release(entry, uses)
             for leader in {area.leader for area in uses.areas} - {entry.bundle_id}:
                 self._settle(leader)

@@ -130,7 +130,8 @@ class Sealer:
                 left = self._storage.stores.copy(bundle)
                 if not left:
                     # If we die when its areas have gone, and the store that has the bundle is away at the next start,
-                    # it must not be sealed once more, from nothing. A full disk must not keep the entry, though.
+                    # it must not be sealed once more, from nothing. A full disk must not keep the entry, though. With
+                    # one directory there is no other that the next start could seal into.
                     with contextlib.suppress(OSError):
                         entry.mark_sealed()
             left = left or self._clean_up(entry)
