@@ -240,15 +240,18 @@ async def test_the_sealers_work_is_waited_for(made: Made) -> None:
 
 async def test_a_timeout_names_who_uses_it_and_leaves_the_barrier(made: Made) -> None:
     made.sealer.work[made.disk] = [f"seal {number}" for number in range(7)]
-    with pytest.raises(UnavailableError, match=r"still used after 50\.0 ms: seal 0; .*seal 4 and 2 more; drain it"):
-        await made.drains.drain(made.disk, 0.05)
+    with pytest.raises(UnavailableError, match=r"still used after 300\.0 ms: seal 0; .*seal 4 and 2 more; drain it"):
+        await made.drains.drain(made.disk, 0.3)
     assert await made.is_refused(made.intent())
 
 
 async def test_a_sealer_that_is_silent_is_named(made: Made) -> None:
     made.sealer.gate.clear()
-    with pytest.raises(UnavailableError, match="the sealer, which has not answered yet"):
-        await made.drains.drain(made.disk, 0.05)
+    intent = made.intent()
+    made.drains.begin_capture(intent)
+    with pytest.raises(UnavailableError, match=r"capture of zone .*; the sealer, which has not answered yet"):
+        await made.drains.drain(made.disk, 0.3)
+    made.drains.end_capture(intent.metadata.bundle_id)
     # Refused all the same, from the first moment on.
     assert await made.is_refused(made.intent())
     made.sealer.gate.set()

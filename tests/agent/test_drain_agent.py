@@ -56,7 +56,7 @@ async def test_a_stop_on_its_way_is_waited_for(agent: AgentProcess) -> None:
     async with agent.async_client() as client:
         stop = asyncio.create_task(client.post("/zones/web/stop", params={"grace": "60s"}))
         await wait.until_async(lambda: agent.bundles("web"), what="the stop is on its way")
-        late = await client.post("/drain", params={"path": str(web), "timeout": "300ms"})
+        late = await client.post("/drain", params={"path": str(web), "timeout": "1s"})
         assert late.status_code == 503
         assert "capture of zone web" in late.json()["message"]
         drained = asyncio.create_task(client.post("/drain", params={"path": str(web)}))

@@ -106,10 +106,10 @@ class Drains:
         users = [_SILENT]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                await asyncio.shield(barrier.told)
                 while users:
                     local = await self._local_users(barrier)
                     users = [*local, _SILENT]
+                    await asyncio.shield(barrier.told)
                     users = local + await self._sealers_work(barrier)
                     if self._barriers.get(barrier.path) is not barrier:
                         raise ConflictError(f"the drain of {barrier.path} was ended while it waited")
