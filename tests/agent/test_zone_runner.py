@@ -1,6 +1,5 @@
 """A zone's runner, and what becomes of a bundle that could not be recorded."""
 
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,7 @@ class Failing:
     async def admit(self, intent: Intent) -> None:
         pass
 
-    async def hold(
-        self,
-        intent: Intent,
-        *,
-        probe: bool,
-        living: bool,
-        halt: Callable[[], Coroutine[Any, Any, None]] | None = None,
-        gaps: tuple[Gap, ...] = (),
-        remove: Callable[[], bool] = bool,
-    ) -> Captured:
+    async def hold(self, intent: Intent, **_: Any) -> Captured:
         reasons = (Gap("record", "no space left on device"),)
         bundle_id = intent.metadata.bundle_id
         return Captured(bundle_id, False, 0.0, 0.0, 1, reasons=reasons, followers=self.followers)

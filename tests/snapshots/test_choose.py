@@ -78,7 +78,7 @@ def test_memory_is_copied_into_the_spool(tmpfs_dir: Path, leak_check: None) -> N
 
 
 def test_the_roots_of_many_zones_are_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # For each of a thousand zones a thousand roots were resolved: an agent took minutes to start.
+    # For each directory of each zone all were: an agent with 300 zones took four times as long to start.
     (tmp_path / "state").mkdir(mode=0o700)
     roots = [tmp_path / f"zone-{number}" for number in range(20)]
     for root in roots:

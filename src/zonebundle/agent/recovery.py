@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
@@ -54,11 +54,11 @@ class Recovery:
                 # Before the intent was durable the zone was not touched: no trace is left.
                 self._spool.remove(entry.bundle_id)
             else:
-                await self._in_time(partial(self._clear, entry.intent, in_use), entry.bundle_id)
+                await self._in_time(partial(self._clear, entry.intent, in_use), f"bundle {entry.bundle_id}")
                 # Listed at once, though the zone has to be found first.
                 catalogue.put(BundleEntry(entry.intent.metadata, BundleState.CAPTURING))
                 interrupted.append(entry.intent)
-        await self._in_time(partial(self._sweep, in_use), "none")
+        await self._in_time(partial(self._sweep, in_use), "bundles that have no entry")
         return interrupted
 
     def _list_recorded(self, entry: Pending, catalogue: Catalogue) -> None:
@@ -83,41 +83,50 @@ class Recovery:
         else:
             self.recorded.append(entry.bundle_id)
 
-    async def _in_time(self, clear: Callable[[], None], bundle: str) -> None:
+    async def _in_time(self, clear: Callable[[], None], of: str) -> None:
         clearing = asyncio.get_running_loop().run_in_executor(self._threads, clear)
         done, _ = await asyncio.wait({clearing}, timeout=_CLEAR_PATIENCE)
         if not done:
             # A file system that hangs must not keep the agent, and so every zone, from starting.
-            _log.error("staging areas are not removed yet: their file system hangs", bundle=bundle)
+            _log.error("staging areas are not removed yet: their file system hangs", of=of)
 
     def _clear(self, intent: Intent, in_use: set[str]) -> None:
         """Destroy what the interrupted hold had taken; it is taken again. By name, mark and intent."""
         parents = [*self._state.staging, str(self._spool.entry(intent.metadata.bundle_id))]
         # Followers that were recorded before the leader still read its snapshot.
         free = [parent for parent in parents if str(Path(parent, intent.snapshot)) not in in_use]
-        _destroy_areas(free, intent, self._installation)
+        _destroy(_areas_in(free, intent), self._installation)
 
     def _sweep(self, in_use: set[str]) -> None:
         """Destroy what a hold has left of which there is no entry: neither intent nor record fitted on a full disk."""
         for staging in self._state.staging:
             try:
-                for area in list_areas(Path(staging), self._installation):
-                    if area.path not in in_use and not self._spool.entry(area.leader).exists():
-                        _log.warning("a staging area that nothing refers to is removed", path=area.path)
-                        destroy_area(area, self._installation)
-            except (OSError, SnapshotError) as error:
+                areas = list(list_areas(Path(staging), self._installation))
+            except OSError as error:
                 _log.error("staging areas not looked through", path=staging, reason=str(error))
+                continue
+            orphans = [
+                area for area in areas if area.path not in in_use and not self._spool.entry(area.leader).exists()
+            ]
+            for orphan in orphans:
+                _log.warning("a staging area that nothing refers to is removed", path=orphan.path)
+            _destroy(orphans, self._installation)
 
 
-def _destroy_areas(parents: Iterable[str], intent: Intent, installation: str) -> bool:
-    """Destroy what a hold has staged in these directories; whether nothing is left. What is left is logged."""
-    is_clean = True
+def _areas_in(parents: Iterable[str], intent: Intent) -> Iterator[Area]:
+    """What a hold may have staged in these directories."""
     for parent in parents:
-        path = str(Path(parent, intent.snapshot))
+        yield Area("staged", str(Path(parent, intent.snapshot)), intent.metadata.bundle_id)
+
+
+def _destroy(areas: Iterable[Area], installation: str) -> bool:
+    """Destroy areas, also those that are not there; whether nothing is left. What is left is logged."""
+    is_clean = True
+    for area in areas:
         try:
-            destroy_area(Area("staged", path, intent.metadata.bundle_id), installation)
+            destroy_area(area, installation)
         except (OSError, SnapshotError) as error:
-            _log.error("staging area not removed", path=path, reason=str(error))
+            _log.error("staging area not removed", path=area.path, reason=str(error))
             is_clean = False
     return is_clean
 
@@ -128,7 +137,7 @@ def discard(spool: Spool, staging: Iterable[str], intent: Intent, installation: 
         # Only the answer that it is durable was lost: the next start seals it.
         return
     # An entry whose area is left stays: it is what the next start removes the area by.
-    if not _destroy_areas(staging, intent, installation):
+    if not _destroy(_areas_in(staging, intent), installation):
         return
     try:
         spool.remove(intent.metadata.bundle_id)

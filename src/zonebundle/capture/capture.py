@@ -148,13 +148,15 @@ class Capturer:
         budget = conduct.order.settings.budget
         try:
             async with self._turns.take():
-                conduct.begun = await conduct.worker.call(
-                    {"do": "begin", "order": conduct.order.to_json()}, budget + _MARGIN, conduct.order.settings
-                )
+                await self._begin(conduct, conduct.order, budget + _MARGIN)
         except WorkerDiedError as error:
             await self._replace_worker(conduct, f"probes and commands were lost: {error}")
         except HostError as error:
             conduct.gaps.append(Gap("probes", str(error)))
+
+    async def _begin(self, conduct: _Conduct, order: HoldOrder, patience: float) -> None:
+        message = {"do": "begin", "order": order.to_json()}
+        conduct.begun = await conduct.worker.call(message, patience, order.settings)
 
     async def _replace_worker(self, conduct: _Conduct, reason: str) -> None:
         """Go on with a fresh worker, without probes: the zone waits."""
@@ -165,9 +167,7 @@ class Capturer:
         conduct.worker = await conduct.stack.enter_async_context(self._workers.take(exclusive=True))
         again = HoldOrder(order.entry, order.intent, order.began, order.settings, probe=False)
         try:
-            conduct.begun = await conduct.worker.call(
-                {"do": "begin", "order": again.to_json()}, _MARGIN, again.settings
-            )
+            await self._begin(conduct, again, _MARGIN)
         except HostError as error:
             conduct.gaps.append(Gap("logs", f"the log directories could not be opened: {error}"))
 
